@@ -1,0 +1,1 @@
+"""Records, collators and tasks: what methods train and are measured on."""
