@@ -1,0 +1,1 @@
+"""The `stemma` command: one file per sub-command, found by its name."""

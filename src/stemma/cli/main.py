@@ -1,0 +1,175 @@
+"""Dispatch of the `stemma` command by file name.
+
+Every module beside this one that does not start with an underscore is a sub-command. It offers
+
+- a module docstring, whose first line is the summary in `stemma --help`;
+- `Config`, a frozen dataclass: its fields are the flags, the string under each field is the flag's help;
+- `main(config) -> dict | int`: prints for people, returns what `--json` prints (a dict; its optional key
+  `exit_status` is the process's exit status) or a bare exit status.
+
+Summaries are read from the source without importing it, so `stemma --help` and a mistyped command cost milliseconds.
+Exit status: 0 success, 1 a named failure, 2 a wrong command line, 130 interrupted.
+"""
+
+import ast
+import contextlib
+import dataclasses
+import difflib
+import json
+import math
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any
+
+from stemma.errors import StemmaError
+
+__all__ = ["commands", "main"]
+
+_VERSIONED = ("stemma-lm", "torch", "transformers", "trl", "peft", "accelerate")
+_JSON_HELP = "Print the result as one JSON object on stdout; everything else goes to stderr."
+
+
+def commands() -> dict[str, str]:
+    """Names of all sub-commands and the first docstring line of each, in alphabetical order, without importing them."""
+    found = {}
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        if path.stem != "main" and not path.stem.startswith("_"):
+            docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+            found[path.stem.replace("_", "-")] = docstring.partition("\n")[0]
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line `arguments` (default: the process's own) and return the exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        status = _dispatch(arguments)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        print("stemma: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has gone (`stemma ... | head`); keep the interpreter from complaining at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments:
+        print(_overview(), file=sys.stderr)
+        return 2
+    first = arguments[0]
+    if first in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if first == "--version":
+        return _print_versions(as_json="--json" in arguments[1:])
+    known = commands()
+    if first not in known:
+        kind = "option" if first.startswith("-") else "command"
+        options = ["--help", "--version"] if kind == "option" else list(known)
+        near = difflib.get_close_matches(first, options, n=1, cutoff=0.5)
+        hint = f" Did you mean `stemma {near[0]}`?" if near else ""
+        print(f"stemma: unknown {kind} '{first}'.{hint}\nRun `stemma --help` for the list.", file=sys.stderr)
+        return 2
+    return _run(first, arguments[1:])
+
+
+def _overview() -> str:
+    known = commands()
+    width = max(map(len, known), default=0)
+    lines = [
+        "usage: stemma COMMAND [options]",
+        "",
+        "Encode shared prefixes once when training language models.",
+        "",
+        "commands:",
+        *(f"  {name:<{width}}  {summary}" for name, summary in known.items()),
+        "",
+        "`stemma COMMAND --help` explains a command. Every command takes --json. `stemma --version` prints versions.",
+        "STEMMA_TRACEBACK=1 shows where an error was raised.",
+    ]
+    return "\n".join(lines)
+
+
+def _print_versions(as_json: bool) -> int:
+    versions = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for name in _VERSIONED:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    if as_json:
+        print(json.dumps(versions))
+    else:
+        own = versions.pop("stemma-lm", "(not installed)")
+        print(f"stemma {own} ({', '.join(f'{name} {number}' for name, number in versions.items())})")
+    return 0
+
+
+def _run(name: str, arguments: list[str]) -> int:
+    module = import_module(f"stemma.cli.{name.replace('-', '_')}")
+    try:
+        config, as_json = _parse(name, module, arguments)
+    except SystemExit as stop:  # tyro has printed help (status 0) or what is wrong with the flags (status 2)
+        return stop.code if isinstance(stop.code, int) else 2
+    try:
+        if not as_json:
+            result = module.main(config)
+        else:
+            with contextlib.redirect_stdout(sys.stderr):
+                result = module.main(config)
+    except StemmaError as error:
+        if os.environ.get("STEMMA_TRACEBACK", "0") not in ("", "0"):
+            traceback.print_exc()
+        print(f"stemma {name}: {error}", file=sys.stderr)
+        if as_json:
+            print(json.dumps({"error": type(error).__name__, "message": str(error), "exit_status": 1}))
+        return 1
+    status = int(result.get("exit_status", 0)) if isinstance(result, dict) else int(result or 0)
+    if as_json:
+        payload = result if isinstance(result, dict) else {"exit_status": status}
+        print(json.dumps(_jsonable(payload), allow_nan=False))
+    return status
+
+
+def _parse(name: str, module: Any, arguments: list[str]) -> tuple[Any, bool]:
+    """The command's own Config from its flags, and whether `--json` was among them."""
+    import tyro  # 0.1 s, so not before a command has been chosen
+
+    flag = ("json", Annotated[bool, tyro.conf.arg(help=_JSON_HELP)], False)
+    extended = dataclasses.make_dataclass("Config", [flag], bases=(module.Config,), frozen=True, kw_only=True)
+    parsed = tyro.cli(
+        extended,
+        prog=f"stemma {name}",
+        description=module.__doc__ or "",
+        args=arguments,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    values = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(module.Config) if field.init}
+    return module.Config(**values), parsed.json
+
+
+def _jsonable(value: Any) -> Any:
+    """Plain JSON data: paths become strings, NaN and infinities become null (JSON has none)."""
+    if isinstance(value, dict):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "item"):  # numpy and torch scalars
+        return _jsonable(value.item())
+    raise TypeError(f"a command returned {type(value).__name__}, which JSON cannot hold; return plain numbers and strings")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

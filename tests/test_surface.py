@@ -1,0 +1,127 @@
+"""The public surface: names, their laziness, commands and flags. A change here is a change for users: see CHANGELOG."""
+
+import ast
+import dataclasses
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import stemma
+from stemma.cli.main import commands
+
+ROOT = Path(__file__).parents[1]
+
+NAMES = {
+    "CheckReport",
+    "InvalidBatchError",
+    "InvalidDataError",
+    "MissingExtraError",
+    "Plan",
+    "PrefixTree",
+    "Scores",
+    "StemmaError",
+    "UnsupportedModelError",
+    "__version__",
+    "backward",
+    "check",
+    "disable",
+    "enable",
+    "explain",
+    "score",
+}
+
+# Command -> its options, in the order of its help page (`--json` is common to all).
+COMMANDS: dict[str, tuple[str, ...]] = {}
+
+HEAVY = ("torch", "transformers", "numpy", "tyro", "accelerate", "trl", "peft", "matplotlib")
+
+
+def run_python(code: str) -> str:
+    """What a fresh interpreter prints; imports of this one would hide what the code imports itself."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def loaded_after(statement: str) -> list[str]:
+    return run_python(f"import sys\n{statement}\nprint(*[m for m in {HEAVY!r} if m in sys.modules])").split()
+
+
+def test_public_names_are_the_agreed_ones() -> None:
+    assert set(stemma.__all__) == NAMES
+    assert len(NAMES) <= 25
+    assert dir(stemma) == sorted(NAMES)
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_public_name_resolves(name: str) -> None:
+    assert getattr(stemma, name) is not None
+
+
+def test_type_checkers_see_the_names_that_python_sees() -> None:
+    tree = ast.parse(Path(stemma.__file__).read_text(encoding="utf-8"))
+    declared = {
+        alias.name: node.module
+        for block in tree.body
+        if isinstance(block, ast.If)
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert declared == stemma._PUBLIC
+
+
+def test_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no_such_name"):
+        stemma.no_such_name  # noqa: B018
+
+
+def test_importing_stemma_imports_no_heavy_package() -> None:
+    assert loaded_after("import stemma") == []
+
+
+def test_importing_the_command_line_imports_no_heavy_package() -> None:
+    assert loaded_after("import stemma.cli.main; stemma.cli.main.commands()") == []
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_a_help_page_imports_no_torch(command: str) -> None:
+    module = command.replace("-", "_")
+    assert set(loaded_after(f"import stemma.cli.{module}")) <= {"tyro"}
+
+
+def test_commands_are_the_agreed_ones() -> None:
+    assert set(commands()) == set(COMMANDS)
+    assert all(summary.endswith(".") for summary in commands().values())
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_options_are_the_agreed_ones(command: str) -> None:
+    module = importlib.import_module(f"stemma.cli.{command.replace('-', '_')}")
+    assert tuple(field.name for field in dataclasses.fields(module.Config)) == COMMANDS[command]
+    assert module.Config.__dataclass_params__.frozen
+
+
+def test_version_is_the_one_in_pyproject() -> None:
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert stemma.__version__ == project["version"]
+    assert f"## {project['version']}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_constraints_satisfy_the_declared_ranges() -> None:
+    import tomllib
+
+    from packaging.requirements import Requirement
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    extras = [entry for group in project["optional-dependencies"].values() for entry in group]
+    for requirement in map(Requirement, [*project["dependencies"], *extras]):
+        assert requirement.name in pins, f"{requirement.name} has no tested version in constraints.txt"
+        assert requirement.specifier.contains(pins[requirement.name]), requirement
