@@ -82,7 +82,7 @@ def violations(source: str, own: str, is_package: bool = False) -> list[str]:
     """What the rules of this file have against a module named `own` with this source."""
     tree = ast.parse(source)
     never_run = type_checking_only(tree)
-    top_level = {node for node in tree.body}
+    top_level = set(tree.body)
     room = room_of(own)
     found = []
     for name, statement in imports(tree, own, is_package):
@@ -154,7 +154,7 @@ def test_the_rules_catch(own: str, line: str, complaint: str) -> None:
         ("stemma.attention.tree", "import torch\nfrom stemma.prefix.layout import Layout"),
         ("stemma.rl.tempo", "from stemma.rl._shared import clip\nfrom stemma.models.scoring import score"),
         ("stemma.rl.trl", "def f():\n    import trl"),
-        ("stemma", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from stemma.prefix.tree import PrefixTree"),
+        ("stemma", "if TYPE_CHECKING:\n    from stemma.prefix.tree import PrefixTree"),
         ("stemma.cli.train", "from stemma.errors import StemmaError"),
     ],
 )

@@ -168,7 +168,7 @@ def _jsonable(value: Any) -> Any:
         return os.fspath(value)
     if hasattr(value, "item"):  # numpy and torch scalars
         return _jsonable(value.item())
-    raise TypeError(f"a command returned {type(value).__name__}, which JSON cannot hold; return plain numbers and strings")
+    raise TypeError(f"a command returned {type(value).__name__}, which JSON cannot hold; use numbers and strings")
 
 
 if __name__ == "__main__":
