@@ -37,7 +37,8 @@ _JSON_HELP = "Print the result as one JSON object on stdout; everything else goe
 def commands() -> dict[str, str]:
     """Names of all sub-commands and the first docstring line of each, in alphabetical order, without importing them."""
     found = {}
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    folders = import_module("stemma.cli").__path__
+    for path in sorted((path for folder in folders for path in Path(folder).glob("*.py")), key=lambda path: path.stem):
         if path.stem != "main" and not path.stem.startswith("_"):
             docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
             found[path.stem.replace("_", "-")] = docstring.partition("\n")[0]
