@@ -149,6 +149,18 @@ def test_many_shot_prompts_hold_solved_problems_and_then_the_query():
         diallock.draw_shots(pool[:3], 3, Random(0), exclude=query)
 
 
+def test_draws_are_balanced_over_distances_and_without_repetition():
+    pool = diallock.problems("train", max_distance=4)
+    drawn = Counter(diallock.draw_problems(pool, 1, Random(seed))[0].distance for seed in range(2000))
+    assert set(drawn) == {1, 2, 3, 4}
+    assert max(drawn.values()) < 1.2 * min(drawn.values())
+    few = pool[:5] + [problem for problem in pool if problem.distance == 4][:3]
+    assert sorted(diallock.draw_problems(few, len(few), Random(0))) == sorted(few)
+    batch = diallock.packed_batch(pool, Random(0), sequences=100, episodes=10, noise=0.0)
+    # Oracle demonstrations: 8 fixed tokens and 6 a move, so equal shares of distances 1..4 mean 23 tokens an episode.
+    assert batch["attention_mask"].sum().item() / 1000 == pytest.approx(8 + 6 * 2.5, abs=0.7)
+
+
 def test_packed_batches_score_completions_only():
     pool = diallock.problems("train", max_distance=4)
     batch = diallock.packed_batch(pool, Random(3), sequences=5, episodes=3, noise=0.5)

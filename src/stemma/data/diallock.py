@@ -221,18 +221,39 @@ def many_shot_prompt(shots: Sequence[Episode], query: Problem) -> list[int]:
     return ids + encode(query.prompt)
 
 
-def draw_shots(
-    pool: Sequence[Problem], count: int, rng: Random, *, exclude: Problem | None = None, noise: float = 0.0
-) -> list[Episode]:
-    """`count` solved problems drawn without replacement from `pool`, never the excluded one.
+def draw_problems(pool: Sequence[Problem], count: int, rng: Random, *, exclude: Problem | None = None) -> list[Problem]:
+    """`count` different problems of `pool`, never the excluded one: every distance equally often, then any problem.
+
+    Drawing uniformly from the pool instead would favour far problems, of which there are more.
 
     Raises:
         InvalidDataError: the pool is too small.
     """
-    candidates = [problem for problem in pool if problem != exclude]
-    if count > len(candidates):
-        raise InvalidDataError(f"cannot draw {count} shots from {len(candidates)} problems; enlarge the pool")
-    return [noisy_episode(problem, rng, noise=noise) for problem in rng.sample(candidates, count)]
+    buckets = _by_distance([problem for problem in pool if problem != exclude])
+    available = sum(map(len, buckets))
+    if count > available:
+        raise InvalidDataError(f"cannot draw {count} problems from {available}; enlarge the pool")
+    drawn: list[Problem] = []
+    for _ in range(count):
+        bucket = rng.choice(buckets)
+        drawn.append(bucket.pop(rng.randrange(len(bucket))))
+        if not bucket:
+            buckets.remove(bucket)
+    return drawn
+
+
+def draw_shots(
+    pool: Sequence[Problem], count: int, rng: Random, *, exclude: Problem | None = None, noise: float = 0.0
+) -> list[Episode]:
+    """`count` different problems drawn as in `draw_problems`, each with a demonstration of the given noise."""
+    return [noisy_episode(problem, rng, noise=noise) for problem in draw_problems(pool, count, rng, exclude=exclude)]
+
+
+def _by_distance(pool: Sequence[Problem]) -> list[list[Problem]]:
+    buckets: dict[int, list[Problem]] = {}
+    for problem in pool:
+        buckets.setdefault(problem.distance, []).append(problem)
+    return [buckets[distance] for distance in sorted(buckets)]
 
 
 def packed_sequence(episodes: Sequence[Episode]) -> tuple[list[int], list[int]]:
@@ -259,7 +280,9 @@ def packed_batch(
     episodes: int = 4,
     noise: float = 0.5,
 ) -> dict[str, torch.Tensor]:
-    """A batch for supervised training: each sequence packs `episodes` demonstrations of problems drawn from `pool`.
+    """A batch for supervised training: each sequence packs `episodes` demonstrations.
+
+    Their problems are drawn from `pool` with replacement: every distance equally often, then any problem.
 
     Returns:
         `input_ids`, `attention_mask` and `labels`, each (sequences, longest) int64 and right-padded with
@@ -269,8 +292,9 @@ def packed_batch(
 
     if not pool:
         raise InvalidDataError("cannot draw demonstrations from an empty pool of problems")
+    buckets = _by_distance(pool)
     rows = [
-        packed_sequence([noisy_episode(rng.choice(pool), rng, noise=noise) for _ in range(episodes)])
+        packed_sequence([noisy_episode(rng.choice(rng.choice(buckets)), rng, noise=noise) for _ in range(episodes)])
         for _ in range(sequences)
     ]
     longest = max(len(ids) for ids, _ in rows)
