@@ -99,6 +99,8 @@ def violations(source: str, own: str, is_package: bool = False) -> list[str]:
         if statement in never_run and room == "":
             continue  # the package's own list of lazy names
         target = room_of(name)
+        if (room in METHODS or room == "cli") and target not in FLOORS and target not in METHODS:
+            continue  # methods and commands are users of the public names, which all come from the floors below them
         if target not in FLOORS and target not in METHODS:
             found.append(f"{where}: import from the module that defines the name, not from the package's lazy surface")
             continue
@@ -154,6 +156,7 @@ def test_the_rules_catch(own: str, line: str, complaint: str) -> None:
         ("stemma.attention.tree", "import torch\nfrom stemma.prefix.layout import Layout"),
         ("stemma.rl.tempo", "from stemma.rl._shared import clip\nfrom stemma.models.scoring import score"),
         ("stemma.rl.trl", "def f():\n    import trl"),
+        ("stemma.rl.grpo", "import stemma"),
         ("stemma", "if TYPE_CHECKING:\n    from stemma.prefix.tree import PrefixTree"),
         ("stemma.cli.train", "from stemma.errors import StemmaError"),
     ],

@@ -144,7 +144,7 @@ def _parse(name: str, module: Any, arguments: list[str]) -> tuple[Any, bool]:
 
     flag = ("json", Annotated[bool, tyro.conf.arg(help=_JSON_HELP)], False)
     extended = dataclasses.make_dataclass("Config", [flag], bases=(module.Config,), frozen=True, kw_only=True)
-    parsed = tyro.cli(
+    parsed: Any = tyro.cli(
         extended,
         prog=f"stemma {name}",
         description=module.__doc__ or "",

@@ -1,0 +1,145 @@
+"""The pages are true: their Python runs, their command lines parse, their links lead somewhere.
+
+Conventions for code fences: `python` blocks of a page run in order, in one namespace and an empty folder; `python no-run`
+must compile; in `sh` blocks every `stemma` line must parse and every `./dev` job must exist.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import io
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stemma.cli import main as dispatcher
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+FENCE = re.compile(r"^```([^\n`]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"")
+
+
+def page_id(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def blocks(path: Path, language: str) -> list[tuple[str, str, int]]:
+    """Code blocks of a language: the words behind it, the code, and the line where the code starts."""
+    text = path.read_text(encoding="utf-8")
+    found = []
+    for match in FENCE.finditer(text):
+        words = match[1].split()
+        if words and words[0] == language:
+            found.append((" ".join(words[1:]), match[2], text.count("\n", 0, match.start(2)) + 1))
+    return found
+
+
+def with_blocks(language: str) -> list[Path]:
+    return [path for path in PAGES if blocks(path, language)]
+
+
+@pytest.mark.parametrize("path", with_blocks("python"), ids=page_id)
+def test_python_of_the_page_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {"__name__": "page"}
+    for words, code, line in blocks(path, "python"):
+        compiled = compile("\n" * (line - 1) + code, page_id(path), "exec")
+        assert words in ("", "no-run"), f"{page_id(path)}:{line}: unknown word '{words}' behind python"
+        if words == "":
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                exec(compiled, namespace)
+            # A comment `# prints: ...` states the output of its block, to the letter.
+            promised = re.findall(r"# prints: (.*)", code)
+            assert printed.getvalue().splitlines()[: len(promised)] == promised, f"{page_id(path)}:{line}"
+
+
+def command_lines(path: Path) -> list[tuple[str, int]]:
+    """The commands in the page's `sh` blocks, continued lines joined, comments dropped."""
+    found = []
+    for _, code, line in blocks(path, "sh"):
+        joined = code.replace("\\\n", " ")
+        found += [(text.strip(), line) for text in joined.splitlines() if text.strip() and not text.startswith("#")]
+    return found
+
+
+@pytest.mark.parametrize("path", with_blocks("sh"), ids=page_id)
+def test_command_lines_of_the_page_parse(path: Path) -> None:
+    jobs = re.findall(r"^(\w+)\)$", (ROOT / "dev").read_text(encoding="utf-8"), re.MULTILINE)
+    for text, line in command_lines(path):
+        words = [word for word in shlex.split(text, comments=True) if not re.fullmatch(r"[A-Z_]+=.*", word)]
+        if words[:1] == ["./dev"]:
+            assert words[1] in jobs, f"{page_id(path)}:{line}: {text}"
+        elif words[:1] == ["stemma"] and not words[1].startswith("-"):
+            assert words[1] in dispatcher.commands(), f"{page_id(path)}:{line}: {text}"
+            module = importlib.import_module(f"stemma.cli.{words[1].replace('-', '_')}")
+            try:
+                dispatcher._parse(words[1], module, words[2:])
+            except SystemExit as stop:
+                assert stop.code == 0, f"{page_id(path)}:{line}: {text}"
+
+
+def anchors(path: Path) -> set[str]:
+    """Anchors that headings of a Markdown file get."""
+    text = FENCE.sub("", path.read_text(encoding="utf-8"))
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=page_id)
+def test_links_of_the_page_resolve(path: Path) -> None:
+    text = FENCE.sub("", path.read_text(encoding="utf-8"))
+    broken = []
+    for match in LINK.finditer(text):
+        target = match[1] or match[2]
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        file = (path.parent / name) if name else path
+        if not file.exists() or (anchor and file.suffix == ".md" and anchor not in anchors(file)):
+            broken.append(target)
+    assert broken == []
+
+
+def test_the_two_commands_of_the_readme_are_what_ci_runs() -> None:
+    readme = [text for text, _ in command_lines(ROOT / "README.md") if text.startswith("./dev")]
+    assert [shlex.split(text, comments=True) for text in readme[:2]] == [["./dev", "demo"], ["./dev", "test"]]
+    steps = re.findall(r"^step (.*)$", (ROOT / ".ci" / "run").read_text(encoding="utf-8"), re.MULTILINE)
+    assert {"./dev demo", "./dev test", "./dev lint"} == set(steps)
+
+
+def test_every_command_has_its_section() -> None:
+    page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    for name in dispatcher.commands():
+        assert f"## `stemma {name}`" in page
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    listed = set(re.findall(r"([\w/-]+\.md)", navigation))
+    assert listed == {path.relative_to(ROOT / "docs").as_posix() for path in PAGES if path.parent != ROOT}
+
+
+def test_the_picture_is_what_the_library_computes() -> None:
+    script = ROOT / "docs" / "figures" / "make_tree.py"
+    spec = importlib.util.spec_from_file_location("make_tree", script)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    committed = (script.parent / "tree.svg").read_text(encoding="utf-8")
+    assert module.picture() == committed, "run: python docs/figures/make_tree.py"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX shell")
+def test_dev_without_a_job_explains_itself_and_installs_nothing() -> None:
+    done = subprocess.run(["sh", str(ROOT / "dev"), "--help"], capture_output=True, text=True, timeout=30)
+    assert "./dev demo" in done.stdout
+    assert "./dev test" in done.stdout
+    wrong = subprocess.run(["sh", str(ROOT / "dev"), "dmeo"], capture_output=True, text=True, timeout=30)
+    assert wrong.returncode == 1
+    assert "unknown job 'dmeo'" in wrong.stderr
