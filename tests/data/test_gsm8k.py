@@ -1,0 +1,122 @@
+import json
+import os
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+
+from stemma.data import gsm8k
+from stemma.data.gsm8k import Problem
+from stemma.data.records import read_jsonl
+from stemma.errors import InvalidDataError
+
+DATA = Path(os.environ.get("STEMMA_DATA", Path(__file__).parents[3] / "shared" / "data")) / "gsm8k"
+needs_data = pytest.mark.skipif(
+    not DATA.is_dir(), reason=f"needs the GSM8K files in {DATA} (set STEMMA_DATA to the folder above gsm8k/)"
+)
+NATALIA = Problem("How many clips?", "Natalia sold 48/2 = <<48/2=24>>24 clips.\n#### 72")
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("work\n#### 72", "72"),
+        ("work\nA: 18", "18"),
+        ("####  $1,234,567", "1234567"),
+        ("#### -5", "-5"),
+        ("#### .5", "0.5"),
+        ("A:$ 10.50 in all", "10.5"),
+        ("#### 7.", "7"),
+        ("#### 1\n#### 2", "1"),
+        ("#### 3/4", None),
+        ("#### 13/4", None),
+        ("the answer is 72", None),
+        ("so A: 72", None),
+        ("#### none", None),
+        ("", None),
+    ],
+)
+def test_final_answer(text, number):
+    assert gsm8k.final_answer(text) == (None if number is None else Decimal(number))
+
+
+def test_reward_compares_numbers():
+    assert gsm8k.reward(NATALIA.answer, " 48/2 + 48 = 72\n#### 72.0") == 1.0
+    assert gsm8k.reward("72", "A: $72") == 1.0
+    assert gsm8k.reward("1,000", "#### 1000") == 1.0
+    assert gsm8k.reward(NATALIA.answer, "#### 24\n#### 72") == 0.0
+    assert gsm8k.reward(NATALIA.answer, "72") == 0.0
+    assert gsm8k.reward(NATALIA.answer, "") == 0.0
+    with pytest.raises(InvalidDataError, match="seventy-two"):
+        gsm8k.reward("seventy-two", "#### 72")
+
+
+def test_few_shot_prompts_share_everything_up_to_the_question():
+    other = Problem("And now?", "Nothing.\n#### 0")
+    prompt = gsm8k.few_shot_prompt([NATALIA, other], "Last?")
+    assert prompt == (
+        "Question: How many clips?\nAnswer: Natalia sold 48/2 = <<48/2=24>>24 clips.\n#### 72\n\n"
+        "Question: And now?\nAnswer: Nothing.\n#### 0\n\nQuestion: Last?\nAnswer:"
+    )
+    assert gsm8k.few_shot_prompt([], "Last?") == "Question: Last?\nAnswer:"
+    records = gsm8k.prompt_records([NATALIA, other], shots=[NATALIA])
+    assert [(record.prompt, record.answer) for record in records] == [
+        (gsm8k.few_shot_prompt([NATALIA], other.question), other.answer)
+    ]
+    with pytest.raises(InvalidDataError, match="serve as shots"):
+        gsm8k.prompt_records([NATALIA], shots=[NATALIA])
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"question": "a"}, "line 2: field 'answer' is missing"),
+        ({"question": "", "answer": "#### 1"}, "line 2: field 'question' is blank"),
+        ({"question": "a", "answer": "one"}, "line 2: the answer has no final line"),
+    ],
+)
+def test_a_bad_problem_is_named_with_its_line(tmp_path, record, message):
+    file = tmp_path / "problems.jsonl"
+    file.write_text(json.dumps({"question": "a", "answer": "#### 1"}) + "\n" + json.dumps(record))
+    with pytest.raises(InvalidDataError, match=rf"problems\.jsonl, {message}"):
+        gsm8k.read_problems(file)
+
+
+@needs_data
+@pytest.mark.parametrize(("name", "count"), [("train", 7473), ("test", 1319)])
+def test_every_published_problem_is_read(name, count):
+    problems = gsm8k.read_problems(DATA / f"{name}.jsonl")
+    assert len(problems) == count
+    for problem in problems:
+        written = problem.answer.rsplit("####", 1)[1].strip()
+        assert problem.answer.count("####") == 1
+        assert problem.result == int(written.replace(",", ""))
+        assert gsm8k.reward(problem.answer, f" Some work.\n#### {problem.result}") == 1.0
+        assert gsm8k.reward(problem.answer, f" Some work.\n#### {problem.result + 1}") == 0.0
+
+
+@needs_data
+def test_reward_agrees_with_every_published_label():
+    agreed, mixed = [], 0
+    for _, record in read_jsonl(DATA / "example_model_solutions.jsonl"):
+        solutions = [value for value in record.values() if isinstance(value, dict)]
+        labels = [solution["is_correct"] for solution in solutions]
+        agreed += [
+            bool(gsm8k.reward(record["ground_truth"], solution["solution"])) == label
+            for solution, label in zip(solutions, labels)
+        ]
+        mixed += 0 < sum(labels) < len(labels)
+    assert len(agreed) == 5276
+    assert all(agreed)
+    assert mixed == 731
+
+
+@needs_data
+def test_an_eight_shot_prompt_is_long_and_mostly_shared():
+    problems = gsm8k.read_problems(DATA / "train.jsonl")
+    records = gsm8k.prompt_records(problems[:50], shots=problems[:8])
+    assert len(records) == 42
+    prompts = [record.prompt for record in records]
+    header = gsm8k.few_shot_prompt(problems[:8], "").removesuffix("\nAnswer:")
+    assert all(prompt.startswith(header) for prompt in prompts)
+    assert len(header) > 0.8 * sum(map(len, prompts)) / len(prompts)
