@@ -1,0 +1,292 @@
+"""The attention adapter: any Hugging Face decoder that dispatches its attention can run over a prefix tree.
+
+:func:`enable` registers one attention implementation that wraps the model's own and switches by call: with a layout in
+the call's keyword arguments it is tree attention, without one it is what the model had before. The implementation is set
+once and never toggled around a call, because activation checkpointing runs layers again in the backward, where a toggle
+would long be undone. The layout travels as a keyword argument for the same reason; that also keeps LoRA, autocast and the
+hooks of DDP and FSDP working, since everything goes through ``model(...)``.
+
+Masks are built outside the layers. On a tree call the mask function returns None, after it has *probed* what mask the
+model asked for: causal and sliding-window masks are the ones tree attention computes; anything else (chunked,
+bidirectional, blockwise) is refused by name, and a window that the mask has but the attention call does not announce is
+refused as well. A first small forward in :func:`enable` compares the tree with each sequence alone, so a model whose
+layers mix positions elsewhere (recurrence, convolution, absolute position offsets) is refused before any work.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from stemma.attention import tree_attention
+from stemma.errors import UnsupportedModelError
+from stemma.prefix.layout import Layout
+
+__all__ = ["LAYOUT_ARGUMENT", "TreeCall", "base_model", "disable", "enable", "is_enabled", "tree_call"]
+
+LAYOUT_ARGUMENT = "stemma_call"
+"""Keyword argument under which a tree call travels from ``model(...)`` to every attention function."""
+
+_PREFIX = "stemma_"
+
+
+@dataclass(eq=False)
+class TreeCall:
+    """One forward over a layout: what attention functions read, and what they report back."""
+
+    layout: Layout
+    context: dict[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """For each attention module keys and values ``(1, key_value_heads, C, head_dim)`` of the path above the layout."""
+    capture: bool = False
+    """Keep each module's keys and values (context included), for calls below this one."""
+    captured: dict[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    windows: set[int | None] = field(default_factory=set)
+    """Windows that attention calls announced; None for full attention."""
+    mask_windows: set[int | None] = field(default_factory=set)
+    """Windows that the model's masks have."""
+    calls: int = 0
+    by_keyword: int = 0
+    running: bool = False
+    """Inside ``model(...)``, as against a recomputation in the backward."""
+
+
+_current: ContextVar[TreeCall | None] = ContextVar("stemma_tree_call", default=None)
+
+
+@contextmanager
+def tree_call(call: TreeCall) -> Iterator[TreeCall]:
+    """Mark ``call`` as the running one: mask functions, which get no keyword arguments, look here."""
+    token = _current.set(call)
+    call.running = True
+    try:
+        yield call
+    finally:
+        call.running = False
+        _current.reset(token)
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside wrappers (DDP, FSDP, compiled, PEFT).
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
+    inner: Any = model
+    while not isinstance(inner, PreTrainedModel):
+        for name in ("module", "_orig_mod", "base_model", "model"):
+            following = getattr(inner, name, None)
+            if isinstance(following, nn.Module) and following is not inner:
+                inner = following
+                break
+        else:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} holds no transformers PreTrainedModel. Stemma needs a Hugging Face causal "
+                "language model, plain or wrapped by PEFT, DDP or FSDP."
+            )
+    return inner
+
+
+def is_enabled(model: nn.Module) -> bool:
+    """Whether :func:`enable` has been called on the model."""
+    return str(base_model(model).config._attn_implementation).startswith(_PREFIX)
+
+
+def enable(model: Any, *, verify: bool = False, self_test: bool = True) -> Any:
+    """Let a Hugging Face decoder run over prefix trees; everything else about the model stays as it is.
+
+    Args:
+        model: a causal language model of transformers, plain or wrapped (PEFT, DDP, FSDP). Changed in place: its
+            attention implementation becomes a dispatching one around the present one.
+        verify: compare the first batch given to :func:`stemma.score` with the plain forward, and fall back to the plain
+            forward with a warning should they differ.
+        self_test: compare a small tree with each of its sequences alone at once (a few short forwards without
+            gradient). Skipped for models whose weights are not materialised (meta device, sharded).
+
+    Returns:
+        The same model.
+
+    Raises:
+        UnsupportedModelError: the model does not dispatch its attention, is an encoder or an encoder-decoder, or fails
+            the self-test; the message names the model type and the reason. The model is left as it was.
+    """
+    inner = base_model(model)
+    if not is_enabled(model):
+        _refuse_unsuitable(inner)
+        original = inner.config._attn_implementation
+        name = _register(original)
+        inner.set_attn_implementation(name)
+        if inner.config._attn_implementation != name:
+            raise UnsupportedModelError(
+                f"{_label(inner)} does not dispatch its attention through transformers' AttentionInterface, so its "
+                "attention cannot be computed over a tree. Use a model type listed as exact in docs/support.md."
+            )
+        if self_test and _materialised(inner):
+            from stemma.models.verify import self_test as run_self_test
+
+            try:
+                run_self_test(model)
+            except Exception:
+                inner.set_attn_implementation(original)
+                raise
+    inner._stemma_verify = verify
+    return model
+
+
+def disable(model: Any) -> Any:
+    """Undo :func:`enable`: give the model its original attention implementation back. Returns the model."""
+    inner = base_model(model)
+    if is_enabled(model):
+        inner.set_attn_implementation(inner.config._attn_implementation.removeprefix(_PREFIX))
+    return model
+
+
+def _label(model: PreTrainedModel) -> str:
+    return f"{type(model).__name__} (model type '{model.config.model_type}')"
+
+
+def _refuse_unsuitable(model: PreTrainedModel) -> None:
+    config = model.config
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{_label(model)} is an encoder-decoder; a prefix tree needs a decoder-only causal language model."
+        )
+    if model.get_output_embeddings() is None:
+        raise UnsupportedModelError(
+            f"{_label(model)} has no language-model head. Load it with AutoModelForCausalLM."
+        )
+    if getattr(config, "is_causal", True) is False:
+        raise UnsupportedModelError(
+            f"{_label(model)} attends in both directions; prefixes can be shared only under causal attention."
+        )
+    if not getattr(model, "_can_set_attn_implementation", lambda: True)():
+        raise UnsupportedModelError(
+            f"{_label(model)} does not dispatch its attention through transformers' AttentionInterface, so its attention "
+            "cannot be computed over a tree. Use a model type listed as exact in docs/support.md."
+        )
+
+
+def _materialised(model: PreTrainedModel) -> bool:
+    from torch.distributed.tensor import DTensor
+
+    return not any(p.device.type == "meta" or isinstance(p, DTensor) or p.numel() == 0 for p in model.parameters())
+
+
+def _register(original: str) -> str:
+    """Register the dispatching implementation around ``original``; registering again changes nothing."""
+    name = _PREFIX + original
+    if name in ALL_ATTENTION_FUNCTIONS:
+        return name
+
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        call = kwargs.pop(LAYOUT_ARGUMENT, None)
+        if call is not None:
+            call.by_keyword += call.running
+        else:
+            call = _current.get()
+        if call is not None:
+            return _attend(call, module, query, key, value, attention_mask, **kwargs), None
+        if original == "eager":
+            function = sys.modules[type(module).__module__].eager_attention_forward
+        else:
+            function = ALL_ATTENTION_FUNCTIONS[original]
+        return function(module, query, key, value, attention_mask, **kwargs)
+
+    def mask(*args: Any, **kwargs: Any) -> Any:
+        call = _current.get()
+        if call is None:
+            function = ALL_MASK_ATTENTION_FUNCTIONS.get(original)
+            return None if function is None else function(*args, **kwargs)
+        call.mask_windows.add(_window_of(kwargs["mask_function"], call.layout.max_length))
+        return None
+
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, mask)
+    return name
+
+
+def _window_of(mask_function: Any, length: int) -> int | None:
+    """The sliding window of an index-based mask function on rows of ``length`` tokens, None for plain causal.
+
+    Raises:
+        UnsupportedModelError: the mask is neither.
+    """
+    keys = torch.arange(length)
+    zero = torch.zeros((), dtype=torch.int64)
+    window: int | None = None
+    for position in sorted({length - 1, length // 2, length // 3}, reverse=True):
+        visible = mask_function(zero, zero, torch.tensor(position), keys)
+        visible = torch.as_tensor(visible).cpu().expand(length)
+        seen = int(visible.sum())
+        if window is None and seen < position + 1:
+            window = seen
+        expected = (keys <= position) & (keys > position - (window or length))
+        if not torch.equal(visible, expected):
+            raise UnsupportedModelError(
+                f"The model masks attention in a way that is neither causal nor a sliding window (of {length} tokens, "
+                f"position {position} sees {seen}). Chunked, blockwise and bidirectional masks cannot be computed over a "
+                "prefix tree; chunked attention can, as long as no sequence is longer than a chunk."
+            )
+    return window
+
+
+def _attend(
+    call: TreeCall,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    is_causal: bool | None = None,
+    **_: Any,
+) -> Tensor:
+    """Tree attention under the signature of transformers; returns ``(1, T, heads, value_dim)``."""
+    layout, where = call.layout, f"{type(module).__name__} (layer {getattr(module, 'layer_idx', '?')})"
+    if attention_mask is not None:
+        raise UnsupportedModelError(f"{where} received a mask of its own making; a tree call must not carry a mask.")
+    if position_bias is not None:
+        raise UnsupportedModelError(f"{where} adds a position bias to its scores, which no block kernel computes.")
+    if (getattr(module, "is_causal", True) if is_causal is None else is_causal) is False:
+        raise UnsupportedModelError(f"{where} attends in both directions; prefixes need causal attention.")
+    if dropout:
+        raise UnsupportedModelError(
+            f"{where} has active attention dropout {dropout}: dropped weights would differ between a shared and a repeated "
+            "prefix. Set attention_dropout=0 in the config, or call model.eval()."
+        )
+    if query.shape[2] != layout.num_tokens or key.shape[2] != layout.num_tokens:
+        raise UnsupportedModelError(
+            f"{where} attends from {query.shape[2]} to {key.shape[2]} positions where the packed row has "
+            f"{layout.num_tokens}; cross attention, caches and learned prefix tokens cannot be combined with a tree call."
+        )
+    if layout.context:
+        if module not in call.context:
+            raise UnsupportedModelError(f"{where} has no keys and values for the {layout.context} tokens above it.")
+        above_key, above_value = call.context[module]
+        key, value = torch.cat([above_key, key], dim=2), torch.cat([above_value, value], dim=2)
+    if call.running:
+        call.calls += 1
+        call.windows.add(None if sliding_window is None or sliding_window >= layout.max_length else sliding_window)
+        if call.capture:
+            if module in call.captured:
+                raise UnsupportedModelError(f"{where} attends twice in one forward, so it cannot be streamed.")
+            call.captured[module] = (key, value)
+    output = tree_attention(
+        query, key, value, layout, scale=scaling, window=sliding_window, softcap=softcap, sinks=s_aux
+    )
+    return output.transpose(1, 2)
