@@ -2,15 +2,14 @@
 
     python docs/figures/make_tree.py        # rewrites docs/figures/tree.svg
 
-Nothing is drawn from memory: nodes, packed order and blocks come from `PrefixTree` and `Layout`, so the picture shows
-what the library computes. A test redraws it and compares.
+Nothing is drawn from memory: nodes, packed order and blocks are those of a `PrefixTree`. A test redraws the picture and
+compares it with the committed one.
 """
 
 import os
 from itertools import count
 from pathlib import Path
 
-from stemma.prefix.layout import Layout
 from stemma.prefix.tree import PrefixTree
 
 TARGET = Path(__file__).with_name("tree.svg")
@@ -85,31 +84,19 @@ def draw_attention(tree: PrefixTree, names: list[str], x: float, y: float) -> li
     """Queries downwards, keys to the right: a causal square a node, a full rectangle under each inner node."""
     size = tree.unique_tokens * CELL
     parts = [rectangle(x, y, size, size, GRID)]
-    for block in Layout.of(tree).blocks():
-        for query, key in spans(block):
-            node = next(n for n, (start, end) in enumerate(outlines(tree)) if start <= key.start < end)
-            left, top = x + key.start * CELL, y + query.start * CELL
-            width, height = (key.stop - key.start) * CELL, (query.stop - query.start) * CELL
-            if block.causal:
-                steps = " ".join(
-                    f"{left + step * CELL:g},{top + step * CELL:g} {left + (step + 1) * CELL:g},{top + step * CELL:g}"
-                    for step in range(key.stop - key.start)
-                )
-                points = f"{left:g},{top + height:g} {steps} {left + width:g},{top + height:g}"
-                parts.append(f"<polygon points='{points}' fill='{COLOURS[node]}'/>")
-            else:
-                stroke = f"stroke='{COLOURS[node]}' stroke-width='1.5' fill-opacity='0.45'"
-                parts.append(rectangle(left + 0.75, top + 0.75, width - 1.5, height - 1.5, COLOURS[node], stroke))
+    for node, (start, end) in enumerate(outlines(tree)):
+        left, top, width = x + start * CELL, y + start * CELL, (end - start) * CELL
+        steps = " ".join(
+            f"{left + step * CELL:g},{top + step * CELL:g} {left + (step + 1) * CELL:g},{top + step * CELL:g}"
+            for step in range(end - start)
+        )
+        points = f"{left:g},{top + width:g} {steps} {left + width:g},{top + width:g}"
+        parts.append(f"<polygon points='{points}' fill='{COLOURS[node]}'/>")
+        below = (int(tree.node_subtree_end[node]) - end) * CELL
+        if below:
+            stroke = f"stroke='{COLOURS[node]}' stroke-width='1.5' fill-opacity='0.45'"
+            parts.append(rectangle(left + 0.75, y + end * CELL + 0.75, width - 1.5, below - 1.5, COLOURS[node], stroke))
     return parts
-
-
-def spans(block) -> list[tuple[slice, slice]]:  # type: ignore[no-untyped-def]
-    """Query and key rows of a block as slices; batched squares one by one."""
-    if isinstance(block.query, slice):
-        return [(block.query, block.key)]
-    lengths = [block.query.shape[1]] * len(block.query) if block.lengths is None else block.lengths.tolist()
-    firsts = zip(block.query[:, 0].tolist(), block.key[:, 0].tolist())
-    return [(slice(q, q + n), slice(k, k + n)) for (q, k), n in zip(firsts, lengths)]
 
 
 def picture() -> str:

@@ -59,8 +59,8 @@ def made_up_tree(
 
     if group_size > vocab_size:
         raise InvalidDataError(
-            f"group size {group_size} is above the vocabulary of {vocab_size} tokens, so responses cannot all differ in "
-            "their first token; ask for a smaller group."
+            f"group size {group_size} is above the vocabulary of {vocab_size} tokens, so responses cannot all "
+            "differ in their first token; ask for a smaller group."
         )
     prompt = [index % vocab_size for index in range(prompt_tokens)]
     responses = [

@@ -41,18 +41,17 @@ def main(config: Config) -> dict[str, Any]:
     """Run the check and return the report."""
     import stemma
     from stemma.cli._batch import read_tree
+    from stemma.models.forward import check_batch
     from stemma.models.loading import load_model
 
     model = load_model(
         config.model, random_init=config.random_init, dtype=config.dtype, device=config.device, seed=config.seed
     )
-    tree = None if config.sequences is None else read_tree(config.sequences)
-    stemma.enable(model)
+    tree = None
+    if config.sequences is not None:
+        tree = read_tree(config.sequences)
+        check_batch(model, tree)
     report = stemma.check(model, tree)
     print(report)
-    return {
-        "command": "check",
-        "model": config.model,
-        **dataclasses.asdict(report),
-        "exit_status": 0 if report.ok else 1,
-    }
+    status = 0 if report.ok else 1
+    return {"model": config.model, **dataclasses.asdict(report), "ok": report.ok, "exit_status": status}

@@ -50,13 +50,16 @@ def main(config: Config) -> dict[str, Any]:
     """Print the plan and return it."""
     import stemma
     from stemma.cli._batch import made_up_tree, read_tree
+    from stemma.models.forward import check_batch
     from stemma.models.loading import load_model
 
     model = load_model(config.model, random_init=True, device="meta")
     if config.sequences is not None:
         tree = read_tree(config.sequences, config.min_shared)
     else:
-        assert config.prompt_tokens and config.response_tokens and config.group_size
+        assert config.prompt_tokens is not None
+        assert config.response_tokens is not None
+        assert config.group_size is not None
         tree = made_up_tree(
             model.config.get_text_config().vocab_size,
             config.prompt_tokens,
@@ -64,7 +67,8 @@ def main(config: Config) -> dict[str, Any]:
             config.group_size,
             config.min_shared,
         )
-    stemma.enable(model)
+    check_batch(model, tree)
+    stemma.enable(model)  # refuses what cannot be shared, before a plan is made for it
     plan = stemma.explain(model, tree, max_tokens=config.max_tokens)
     print(plan)
-    return {"command": "explain", "model": config.model, **plan.to_dict()}
+    return {"model": config.model, **plan.to_dict()}

@@ -1,0 +1,74 @@
+"""Opening models: what works, and that every mistake is one sentence with a way out."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from stemma.errors import UnsupportedModelError
+from stemma.models.loading import load_config, load_model
+from stemma.models.tiny import tiny_config, tiny_model
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tiny_model("qwen2", vocab_size=64, hidden_size=32, seed=3).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_a_checkpoint_comes_back_with_its_weights(folder: Path) -> None:
+    model = load_model(str(folder))
+    assert not model.training
+    for name, weight in tiny_model("qwen2", vocab_size=64, hidden_size=32, seed=3).state_dict().items():
+        assert torch.equal(model.state_dict()[name], weight), name
+
+
+def test_random_weights_follow_the_seed_and_leave_the_global_state(folder: Path) -> None:
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    path = str(folder / "config.json")
+    first, again, other = (load_model(path, random_init=True, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(torch.rand(3), expected)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(first.state_dict()[name], again.state_dict()[name])
+    assert not torch.equal(first.state_dict()[name], other.state_dict()[name])
+
+
+def test_dtype_and_device_are_honoured(folder: Path) -> None:
+    assert load_model(str(folder), dtype="bfloat16").dtype == torch.bfloat16
+    assert load_model(str(folder), random_init=True, dtype="float64").dtype == torch.float64
+    assert load_model(str(folder), random_init=True, device="meta").device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    ("reference", "told"),
+    [
+        ("empty", "has no config.json"),
+        ("./nowhere", "does not exist"),
+        ("no-such/model-at-all", "no config could be read"),
+        ("broken.json", "no config could be read"),
+        ("alien.json", "no config could be read"),
+        ("bare.json", "--random-init"),
+        ("bare", "could not be loaded"),
+        ("t5.json", "causal language model"),
+    ],
+)
+def test_mistakes_are_named(reference: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    Path("broken.json").write_text('{"model_type": "llama"', encoding="utf-8")
+    Path("alien.json").write_text('{"model_type": "alien"}', encoding="utf-8")
+    tiny_config("llama", vocab_size=64, hidden_size=32).save_pretrained("bare")
+    Path("bare.json").write_bytes(Path("bare/config.json").read_bytes())
+    Path("t5.json").write_text('{"model_type": "t5", "d_model": 16, "num_layers": 1}', encoding="utf-8")
+    with pytest.raises(UnsupportedModelError, match=told) as caught:
+        load_model(reference, random_init=reference == "t5.json")
+    assert reference in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_config_is_read_from_folder_and_file(folder: Path) -> None:
+    by_folder, by_file = load_config(str(folder)), load_config(str(folder / "config.json"))
+    assert by_folder.to_diff_dict() == by_file.to_diff_dict()
+    assert by_folder.hidden_size == 32
