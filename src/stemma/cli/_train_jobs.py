@@ -1,0 +1,162 @@
+"""What `stemma train` trains on: the model, the prompts and their verifier, and the supervised batches before them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from stemma.data import diallock, gsm8k
+from stemma.data.records import PromptRecord, read_jsonl, read_prompts
+from stemma.errors import InvalidDataError
+from stemma.models.loading import load_model
+from stemma.models.tiny import tiny_model
+from stemma.rl.grpo import ShuffledRows
+from stemma.train.seeds import stream_seed
+
+__all__ = ["Job", "checkpoint_job", "diallock_job"]
+
+Rows = list[dict[str, Any]]
+
+_MAX_DISTANCE = 9  # of the problems that are asked; near ones, up to 4, are demonstrated
+_SFT_BATCH_SIZE = 4
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything about a run that depends on its task."""
+
+    description: str
+    model: Any
+    processing_class: Any
+    prompts: Callable[[int, int], Sequence[Mapping[str, Any]]]
+    """`prompts(generation, count)`: the rows of one generation."""
+    reward: Callable[..., list[float | None]]
+    eval_rows: Rows
+    sft_batches: Callable[[int], dict[str, Tensor]]
+    """`sft_batches(step)`: the labelled batch of one supervised step."""
+
+
+def diallock_job(*, shots: int, sft_steps: int, eval_prompts: int, seed: int) -> Job:
+    """A Llama of 200,000 parameters, made here, on DialLock with many-shot prompts.
+
+    The warm-up shows noisy solutions of near problems, four to a sequence and in its last quarter as many as the
+    prompts have. Reinforcement asks for problems up to distance 9, and is evaluated on problems that it never asks.
+    """
+    near = diallock.problems("train", max_distance=4)
+    asked = diallock.problems("train", max_distance=_MAX_DISTANCE)
+    held_out = diallock.problems("test", max_distance=_MAX_DISTANCE)
+
+    def rows(pool: list[diallock.Problem], count: int, rng: Random) -> Rows:
+        found = []
+        for problem in diallock.draw_problems(pool, count, rng):
+            examples = diallock.draw_shots(near, shots, rng, exclude=problem)
+            found.append({"prompt_ids": diallock.many_shot_prompt(examples, problem)})
+        return found
+
+    def sft_batches(step: int) -> dict[str, Tensor]:
+        many = step >= sft_steps * 3 // 4
+        rng = Random(stream_seed(seed, "sft", step))
+        return diallock.packed_batch(near, rng, sequences=4 if many else 16, episodes=shots + 1 if many else 4)
+
+    def reward(prompt_ids: list[list[int]], completion_ids: list[list[int]], **_: Any) -> list[float | None]:
+        return [diallock.reward(prompt, completion) for prompt, completion in zip(prompt_ids, completion_ids)]
+
+    model = tiny_model(
+        "llama",
+        vocab_size=diallock.VOCAB_SIZE,
+        hidden_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=256,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        eos_token_id=diallock.EOS_ID,
+        pad_token_id=diallock.PAD_ID,
+        seed=seed,
+    )
+    return Job(
+        description=f"DialLock, {shots} solved examples in each prompt",
+        model=model,
+        processing_class=diallock.tokenizer(),
+        prompts=lambda generation, count: rows(asked, count, Random(stream_seed(seed, "prompts", generation))),
+        reward=reward,
+        eval_rows=rows(held_out, eval_prompts, Random(stream_seed(seed, "eval"))) if eval_prompts else [],
+        sft_batches=sft_batches,
+    )
+
+
+def checkpoint_job(model: str, dataset: Path, *, shots: int, eval_prompts: int, seed: int) -> Job:
+    """A model from a folder or the hub on a JSONL file: GSM8K's `question` and `answer`, shown few-shot, or `prompt`
+    and `answer` as they are. Either way the reward compares the final number.
+
+    Raises:
+        InvalidDataError: the file, or too few lines for the shots and the held-out prompts.
+    """
+    from transformers import AutoTokenizer
+
+    _, first = next(read_jsonl(dataset))
+    if "question" in first:
+        problems = gsm8k.read_problems(dataset)
+        records = gsm8k.prompt_records(problems, problems[:shots])
+    else:
+        shots, records = 0, read_prompts(dataset)
+    for number, record in enumerate(records, start=1):
+        if record.answer is None:
+            raise InvalidDataError(f"{dataset}, prompt {number}: no answer to compare with; add a field 'answer'")
+    Random(stream_seed(seed, "split")).shuffle(records)
+    held_out, asked = records[:eval_prompts], records[eval_prompts:]
+    if not asked:
+        raise InvalidDataError(
+            f"{dataset} has {len(records)} prompts besides {shots} shots, and {eval_prompts} are held out for "
+            "evaluation; give more lines or a smaller --eval-prompts"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    prompts = ShuffledRows(_EncodedRows(asked, tokenizer), seed=stream_seed(seed, "prompts"))
+    demonstrations = ShuffledRows(_EncodedRows(asked, tokenizer), seed=stream_seed(seed, "sft"))
+
+    def reward(completions: list[str], answer: list[str], **_: Any) -> list[float | None]:
+        return [gsm8k.reward(expected, completion) for expected, completion in zip(answer, completions)]
+
+    return Job(
+        description=f"{dataset.name}, {shots} examples in each prompt",
+        model=load_model(model),
+        processing_class=tokenizer,
+        prompts=prompts,
+        reward=reward,
+        eval_rows=list(_EncodedRows(held_out, tokenizer)),
+        sft_batches=lambda step: _labelled(tokenizer, demonstrations(step, _SFT_BATCH_SIZE)),
+    )
+
+
+class _EncodedRows(Sequence[dict[str, Any]]):
+    """Records as rows, tokenised when they are asked for: few-shot prompts of a whole data set are many tokens."""
+
+    def __init__(self, records: Sequence[PromptRecord], tokenizer: Any) -> None:
+        self._records, self._tokenizer = records, tokenizer
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: Any) -> Any:
+        record = self._records[index]
+        ids = self._tokenizer(record.prompt)["input_ids"]
+        return {"prompt_ids": ids, "prompt": record.prompt, "answer": record.answer}
+
+
+def _labelled(tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Prompts continued by their answers, labels on the answers alone."""
+    ids, labels = [], []
+    for row in rows:
+        answer = tokenizer(f" {row['answer']}", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        ids.append(torch.tensor([*row["prompt_ids"], *answer]))
+        labels.append(torch.tensor([-100] * len(row["prompt_ids"]) + answer))
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
+    }

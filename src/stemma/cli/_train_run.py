@@ -1,0 +1,235 @@
+"""One run of `stemma train`: supervised steps, GRPO, final model, report; from the start or from a checkpoint."""
+
+import dataclasses
+import platform
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from stemma.cli._train_jobs import Job, checkpoint_job, diallock_job
+from stemma.errors import MissingExtraError, StemmaError
+from stemma.rl import grpo
+from stemma.train import checkpoint, sft
+from stemma.train.loop import run_steps
+from stemma.train.report import write_report
+from stemma.train.seeds import rng_state, seed_everything, set_rng_state, stream_seed
+from stemma.train.tracking import Tracker
+
+if TYPE_CHECKING:
+    from stemma.cli.train import Config
+
+__all__ = ["Run", "grpo_config"]
+
+
+def grpo_config(config: "Config") -> grpo.Config:
+    """The options of GRPO among the flags; a None leaves GRPO's own default."""
+    names = {field.name for field in dataclasses.fields(grpo.Config)}
+    given = {name: value for name, value in dataclasses.asdict(config).items() if name in names and value is not None}
+    return grpo.Config(**given)
+
+
+class Run:
+    """A run in `config.output_dir`, whose settings are complete.
+
+    Args:
+        config: the settings, without open defaults.
+        accelerator: an `accelerate.Accelerator`.
+        resume: start from the folder's last checkpoint, where there is one.
+    """
+
+    def __init__(self, config: "Config", accelerator: Any, *, resume: bool) -> None:
+        self.config, self.accelerator, self.folder = config, accelerator, config.output_dir
+        seed_everything(config.seed)
+        self.job = _make_job(config)
+        self.model = _with_adapter(self.job.model, config)
+        self.sft_steps = config.sft_steps or 0
+        self.total = self.sft_steps + config.max_steps
+        self.checkpoint = checkpoint.latest(self.folder) if resume else None
+        self.state: Mapping[str, Any] = {"phase": "sft", "global_step": 0}
+        if self.checkpoint is not None:
+            self.state = checkpoint.load_state(self.checkpoint)
+        self.resume = resume
+
+    def train(self) -> dict[str, Any]:
+        """Take the steps that are left.
+
+        Returns:
+            The report, or, after a signal, where the run stands; "status" tells which.
+        """
+        done = self.state["global_step"]
+        tracker = None
+        if self.accelerator.is_main_process:
+            resume_after = done if self.resume else None
+            tracker = Tracker(self.folder / "metrics.jsonl", total_steps=self.total, resume_after=resume_after)
+            tracker.note(f"{self._description()}{f'; continuing after step {done}' if done else ''}")
+        try:
+            with checkpoint.StopSignal() as stop:
+                finished = self._supervised(tracker, stop) and self._reinforced(tracker, stop)
+        except FloatingPointError as error:
+            raise StemmaError(f"training stopped: {error}. Checkpoints before it are in '{self.folder}'") from error
+        finally:
+            if tracker is not None:
+                tracker.close()
+        return self._finish() if finished else self._interrupted(stop.requested or signal.SIGTERM)
+
+    def _supervised(self, tracker: Tracker | None, stop: checkpoint.StopSignal) -> bool:
+        if self.state["phase"] == "grpo" or not self.sft_steps:
+            return True
+        options = sft.Config(
+            max_steps=self.sft_steps,
+            learning_rate=self.config.sft_learning_rate or 0.0,
+            warmup_steps=min(20, self.sft_steps // 10),
+        )
+        trainer = sft.Trainer(self.model, options, batches=self.job.sft_batches, accelerator=self.accelerator)
+        self._restore(trainer)
+        finished = self._run(trainer, "sft", 0, tracker, stop)
+        if finished and self.accelerator.is_main_process:
+            # The policy before GRPO: the reference of a resumed run, and what its result is compared with.
+            checkpoint.save_model(self.folder / "sft", model=self.model, processing_class=self.job.processing_class)
+        self.accelerator.wait_for_everyone()
+        return finished
+
+    def _reinforced(self, tracker: Tracker | None, stop: checkpoint.StopSignal) -> bool:
+        resumed = self.state["phase"] == "grpo"
+        if resumed and self.sft_steps:
+            checkpoint.load_weights(self.model, self.folder / "sft")  # the trainer copies its reference from here
+        trainer = grpo.Trainer(
+            self.model,
+            grpo_config(self.config),
+            prompts=self.job.prompts,
+            reward_funcs=self.job.reward,
+            processing_class=self.job.processing_class,
+            accelerator=self.accelerator,
+        )
+        if resumed:
+            self._restore(trainer)
+        rows = self.job.eval_rows
+        evaluate = (lambda: trainer.evaluate(rows)) if rows else None
+        return self._run(trainer, "grpo", self.sft_steps, tracker, stop, evaluate)
+
+    def _restore(self, trainer: Any) -> None:
+        if self.checkpoint is not None:
+            checkpoint.load_weights(self.model, self.checkpoint)
+            trainer.load_state_dict(self.state["trainer"])
+            set_rng_state(self.state["rng"])
+
+    def _run(
+        self,
+        trainer: sft.Trainer | grpo.Trainer,
+        phase: str,
+        steps_before: int,
+        tracker: Tracker | None,
+        stop: checkpoint.StopSignal,
+        evaluate: Callable[[], Mapping[str, float]] | None = None,
+    ) -> bool:
+        def save(metrics: Mapping[str, float]) -> None:
+            self.last_step = steps_before + trainer.completed_steps
+            progress = {"phase": phase, "step": trainer.completed_steps, "global_step": self.last_step}
+            state = {**progress, "trainer": trainer.state_dict(), "rng": rng_state()}  # gathered from all processes
+            if self.accelerator.is_main_process:
+                checkpoint.save(
+                    self.folder,
+                    self.last_step,
+                    model=self.model,
+                    processing_class=self.job.processing_class,
+                    state=state,
+                    progress={**progress, "metrics": dict(metrics)},
+                    save_total_limit=self.config.save_total_limit,
+                )
+            self.accelerator.wait_for_everyone()
+
+        return run_steps(
+            trainer,
+            phase=phase,
+            steps_before=steps_before,
+            tracker=tracker,
+            save=save,
+            save_steps=self.config.save_steps,
+            stop=stop,
+            evaluate=evaluate,
+            eval_steps=self.config.eval_steps,
+        )
+
+    def _description(self) -> str:
+        trainable = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        return (
+            f"{self.job.description}; {type(self.model).__name__}, {trainable:,} trainable parameters; "
+            f"{self.sft_steps} supervised and {self.config.max_steps} GRPO steps on {self.accelerator.device}"
+        )
+
+    def _finish(self) -> dict[str, Any]:
+        result: dict[str, Any] = {"command": "train", "status": "finished", "output_dir": str(self.folder)}
+        if not self.accelerator.is_main_process:
+            return result
+        final = checkpoint.save_model(
+            self.folder / "model", model=self.model, processing_class=self.job.processing_class
+        )
+        config = self.config
+        about = {
+            "task": self.job.description,
+            "model": config.model or "Llama made for this run",
+            "trainable parameters": f"{sum(p.numel() for p in self.model.parameters() if p.requires_grad):,}",
+            "prompts × completions per step": f"{self._groups()} × {config.num_generations}",
+            "loss": config.loss_type,
+            "learning rate": f"{config.learning_rate} ({config.lr_scheduler_type})",
+            "forward": "shared prefixes" if config.shared_prefix else "plain",
+            "processes": self.accelerator.num_processes,
+            "seed": config.seed,
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {self.accelerator.device}",
+            "torch": torch.__version__,
+        }
+        report = write_report(self.folder, title=f"stemma train: {self.job.description}", about=about)
+        reward, comparison = report["reward"], report["comparison"]
+        print(f"reward {reward['first']:.3f} -> {reward['last']:.3f} (training prompts)")
+        if report["evaluation"]:
+            first, last = (report["evaluation"][key]["eval/reward"] for key in ("first", "last"))
+            print(f"reward {first:.3f} -> {last:.3f} (held-out prompts)")
+        print(f"updates encoded {report['tokens']['saved_ratio']:.2f}x fewer tokens than without sharing")
+        if comparison:
+            print(f"updates took {comparison['time_ratio_median']:.2f}x less time than the plain forward (median)")
+        print(f"report: {self.folder / 'report.md'}   plot: {self.folder / 'plot.png'}   model: {final}")
+        return {**result, "model": str(final), **report}
+
+    def _groups(self) -> int:
+        size = self.config.per_device_train_batch_size * self.config.gradient_accumulation_steps
+        return size * self.accelerator.num_processes // self.config.num_generations
+
+    def _interrupted(self, number: int) -> dict[str, Any]:
+        command = shlex.join(["stemma", "train", "--resume", "--output-dir", str(self.folder)])
+        if self.accelerator.is_main_process:
+            print(
+                f"stopped by {signal.Signals(number).name} after step {self.last_step} of {self.total}; a checkpoint "
+                f"is written. Continue with: {command}",
+                file=sys.stderr,
+            )
+        return {
+            "command": "train",
+            "status": "interrupted",
+            "output_dir": str(self.folder),
+            "global_step": self.last_step,
+            "resume_with": command,
+            "exit_status": 128 + number,
+        }
+
+
+def _make_job(config: "Config") -> Job:
+    shots, prompts = config.shots or 0, config.eval_prompts
+    if config.model is None or config.dataset is None:
+        return diallock_job(shots=shots, sft_steps=config.sft_steps or 0, eval_prompts=prompts, seed=config.seed)
+    return checkpoint_job(config.model, config.dataset, shots=shots, eval_prompts=prompts, seed=config.seed)
+
+
+def _with_adapter(model: Any, config: "Config") -> Any:
+    if not config.use_peft:
+        return model
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise MissingExtraError("peft", "peft", "--use-peft") from error
+    lora = LoraConfig(r=config.lora_r, lora_alpha=2 * config.lora_r, target_modules="all-linear", task_type="CAUSAL_LM")
+    torch.manual_seed(stream_seed(config.seed, "adapter"))
+    return get_peft_model(model, lora)

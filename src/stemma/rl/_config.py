@@ -1,0 +1,150 @@
+"""Options of group-relative policy optimisation, with TRL's names and meanings. Imports no torch."""
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_type_hints
+
+LossType = Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo"]
+ScaleRewards = Literal["group", "batch", "none"]
+ImportanceSamplingLevel = Literal["token", "sequence"]
+SchedulerType = Literal["linear", "cosine", "constant", "constant_with_warmup"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Options of `Trainer`. Where TRL 1.16's `GRPOConfig` has the concept, name and meaning are TRL's."""
+
+    max_steps: int = 100
+    """Optimiser steps in all, >= 1."""
+    num_generations: int = 8
+    """Completions per prompt (the group size G), >= 2. GRPO: 64; DAPO: 16."""
+    max_completion_length: int = 512
+    """Tokens after which a completion is cut off, >= 1; also the constant that dr_grpo divides by."""
+    temperature: float = 1.0
+    """Sampling temperature, > 0; log-probabilities are computed at the same temperature."""
+    top_p: float = 1.0
+    """Nucleus sampling: keep the most likely tokens with this total probability, in (0, 1]; 1 keeps all."""
+    top_k: int = 0
+    """Sample among this many most likely tokens; 0 keeps all."""
+
+    per_device_train_batch_size: int = 64
+    """Completions of one micro-batch on one process: a multiple of num_generations, because groups stay whole."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches of one optimiser step, >= 1. Losses do not depend on the split (except bnpo's)."""
+    steps_per_generation: int | None = None
+    """Micro-batches sampled at a time: a multiple of gradient_accumulation_steps; None: that number itself."""
+    num_iterations: int = 1
+    """Times that each sampled batch is optimised (mu of GRPO), >= 1."""
+
+    learning_rate: float = 1e-6
+    """Peak learning rate of AdamW, >= 0."""
+    lr_scheduler_type: SchedulerType = "linear"
+    """Course of the learning rate after its warm-up, over max_steps."""
+    warmup_steps: int = 0
+    """Steps during which the learning rate rises from 0, >= 0."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay on matrices (not on biases and norms), >= 0."""
+    adam_beta1: float = 0.9
+    """AdamW's decay of the mean of gradients, in [0, 1)."""
+    adam_beta2: float = 0.999
+    """AdamW's decay of the mean of squared gradients, in [0, 1)."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this 2-norm; 0 leaves them alone."""
+
+    loss_type: LossType = "dapo"
+    """Denominator of the loss: grpo (tokens of the sequence), dr_grpo (max_completion_length), dapo and cispo (tokens
+    of the optimiser batch), bnpo (tokens of the micro-batch). cispo also clips the weight instead of the objective."""
+    scale_rewards: ScaleRewards = "group"
+    """Divide advantages by the standard deviation of the group, of the batch, or not at all (Dr. GRPO)."""
+    epsilon: float = 0.2
+    """Ratios are clipped from below at 1 - epsilon, in (0, 1). With importance_sampling_level=sequence: 3e-4 (GSPO)."""
+    epsilon_high: float | None = None
+    """Ratios are clipped from above at 1 + epsilon_high, > 0; None: epsilon. DAPO: 0.28. For cispo, which needs it, the
+    ceiling of the weight itself, >= 1. ScaleRL: 5."""
+    delta: float | None = None
+    """Upper bound of the ratio also where the advantage is negative, > 1 + epsilon_high; None: none. INTELLECT-2: 4."""
+    importance_sampling_level: ImportanceSamplingLevel = "token"
+    """One ratio per token (GRPO) or per sequence (GSPO)."""
+    beta: float = 0.0
+    """Weight of the KL divergence from the reference model, >= 0; 0 loads none. DeepSeek-R1: 0.001."""
+    use_bias_correction_kl: bool = True
+    """Multiply the KL estimate by the ratio, which makes its gradient the right one (DeepSeek-V3.2)."""
+    entropy_coef: float = 0.0
+    """Weight of a bonus on the mean entropy of the tokens, in nats; 0: none."""
+    router_aux_loss_coef: float | None = None
+    """Weight of a mixture-of-experts model's balancing loss; None: the one of the model's config."""
+    mask_truncated_completions: bool = False
+    """Leave completions that were cut off out of the loss (DAPO)."""
+
+    shared_prefix: bool = True
+    """Encode each shared prefix once. False: the plain forward on every row, for comparison; losses are the same."""
+    max_tokens: int | None = None
+    """Token budget of one forward call; a larger tree is streamed. None: no limit."""
+    compare_every: int = 0
+    """Every so many steps, also send the batch through the other forward (shared or plain) and log its loss, gradient
+    difference and time, without an optimiser step; 0: never."""
+    bf16: bool = False
+    """Run the forward under bfloat16 autocast."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    seed: int = 42
+    """Seed of sampling, data order and everything else random."""
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(Config)
+        for name in ("loss_type", "scale_rewards", "importance_sampling_level", "lr_scheduler_type"):
+            allowed = get_args(hints[name])
+            self._require(name, getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
+        for name in ("max_steps", "max_completion_length", "gradient_accumulation_steps", "num_iterations"):
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("learning_rate", "weight_decay", "max_grad_norm", "beta"):
+            self._require(name, getattr(self, name) >= 0, "at least 0")
+        for name in ("warmup_steps", "top_k", "compare_every"):
+            self._require(name, getattr(self, name) >= 0, "at least 0")
+        for name in ("adam_beta1", "adam_beta2"):
+            self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        self._require("num_generations", self.num_generations >= 2, "at least 2: advantages compare within a group")
+        self._require("temperature", self.temperature > 0, "above 0")
+        self._require("top_p", 0 < self.top_p <= 1, "in (0, 1]")
+        size = self.per_device_train_batch_size
+        self._require(
+            "per_device_train_batch_size",
+            size >= 1 and size % self.num_generations == 0,
+            f"a positive multiple of num_generations={self.num_generations}: it counts completions, and groups stay "
+            "whole",
+        )
+        self._require(
+            "steps_per_generation",
+            self.steps_per_generation is None
+            or (self.steps_per_generation >= 1 and self.steps_per_generation % self.gradient_accumulation_steps == 0),
+            f"a positive multiple of gradient_accumulation_steps={self.gradient_accumulation_steps}",
+        )
+        self._require("epsilon", 0 < self.epsilon < 1, "in (0, 1)")
+        if self.loss_type == "cispo":
+            self._require(
+                "epsilon_high",
+                self.epsilon_high is not None and self.epsilon_high >= 1,
+                "the ceiling of the weight, at least 1, for loss_type=cispo (ScaleRL: 5.0)",
+            )
+            self._require("delta", self.delta is None, "None for loss_type=cispo, which does not use it")
+        else:
+            self._require("epsilon_high", self.epsilon_high is None or self.epsilon_high > 0, "above 0, or None")
+            high = self.epsilon if self.epsilon_high is None else self.epsilon_high
+            self._require(
+                "delta", self.delta is None or self.delta > 1 + high, f"above 1 + epsilon_high = {1 + high}, or None"
+            )
+        self._require("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1, or None")
+
+    def _require(self, name: str, valid: bool, expected: str) -> None:
+        if not valid:
+            value: Any = getattr(self, name)
+            raise ValueError(f"{name} must be {expected}; got {value!r}")
+
+    @property
+    def micro_batches_per_generation(self) -> int:
+        """Micro-batches that are sampled at a time on one process."""
+        return self.steps_per_generation or self.gradient_accumulation_steps
+
+    @property
+    def steps_per_rollout(self) -> int:
+        """Optimiser steps between two rollouts."""
+        return self.micro_batches_per_generation // self.gradient_accumulation_steps * self.num_iterations

@@ -1,0 +1,169 @@
+"""Checkpoints: complete directories or none, loadable by `from_pretrained`, resumable to the same numbers.
+
+A checkpoint `checkpoint-000040` holds the model and tokenizer as `save_pretrained` writes them, `training_state.pt`
+(optimiser, schedule, data position, buffered rollouts, random states; tensors and plain data only, read back with
+`weights_only=True`) and `trainer_state.json` for people and tools. It is written under a temporary name and renamed, so
+a directory with the right name is always whole.
+"""
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+from stemma.errors import InvalidDataError
+
+__all__ = ["StopSignal", "latest", "load_state", "load_weights", "save", "save_model", "write_json"]
+
+_PREFIX = "checkpoint-"
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write JSON under a temporary name and rename it into place."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def save(
+    folder: str | os.PathLike[str],
+    step: int,
+    *,
+    model: Any,
+    processing_class: Any,
+    state: Mapping[str, Any],
+    progress: Mapping[str, Any],
+    save_total_limit: int | None = None,
+) -> Path:
+    """Write `checkpoint-{step}` into `folder`.
+
+    Args:
+        step: optimiser steps of the whole run so far.
+        model: anything with `save_pretrained` (a transformers or peft model).
+        processing_class: the tokenizer.
+        state: what `load_state` returns later.
+        progress: JSON data for people: phase, step, metrics.
+        save_total_limit: older checkpoints beyond this number are removed; None keeps all.
+
+    Returns:
+        The checkpoint's directory.
+    """
+    folder = Path(folder)
+    for leftover in folder.glob(f".{_PREFIX}*.tmp"):  # of a run that was killed while it wrote
+        shutil.rmtree(leftover)
+    target = folder / f"{_PREFIX}{step:06d}"
+    with _atomic_directory(target) as temporary:
+        _save_pretrained(temporary, model, processing_class)
+        torch.save(dict(state), temporary / "training_state.pt")
+        write_json(temporary / "trainer_state.json", dict(progress))
+    if save_total_limit is not None:
+        for old in _all(folder)[: -max(save_total_limit, 1)]:
+            shutil.rmtree(old)
+    return target
+
+
+def save_model(folder: str | os.PathLike[str], *, model: Any, processing_class: Any) -> Path:
+    """Write a model and its tokenizer to `folder`, complete or not at all, for `from_pretrained`."""
+    with _atomic_directory(Path(folder)) as temporary:
+        _save_pretrained(temporary, model, processing_class)
+    return Path(folder)
+
+
+@contextmanager
+def _atomic_directory(target: Path) -> Iterator[Path]:
+    """A directory under a temporary name that takes the place of `target` when the block succeeds."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.tmp")
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    temporary.mkdir()
+    yield temporary
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(temporary, target)
+
+
+def _save_pretrained(folder: Path, model: Any, processing_class: Any) -> None:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model.save_pretrained(folder)
+        processing_class.save_pretrained(folder)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def latest(folder: str | os.PathLike[str]) -> Path | None:
+    """The checkpoint with the most steps in `folder`, or None."""
+    found = _all(Path(folder))
+    return found[-1] if found else None
+
+
+def _all(folder: Path) -> list[Path]:
+    numbered = [path for path in folder.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit()]
+    return sorted(numbered, key=lambda path: int(path.name.removeprefix(_PREFIX)))
+
+
+def load_state(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
+    """The `state` given to `save`; tensors on the CPU.
+
+    Raises:
+        InvalidDataError: the file is missing or unreadable.
+    """
+    path = Path(checkpoint) / "training_state.pt"
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise InvalidDataError(
+            f"cannot read the training state {path}: {error}. Resume from another checkpoint by removing this one"
+        ) from error
+
+
+def load_weights(model: nn.Module, checkpoint: str | os.PathLike[str]) -> None:
+    """Copy a checkpoint's parameters into `model`, which has the same architecture (or the same peft adapter)."""
+    peft_config = getattr(model, "peft_config", None)
+    if peft_config is not None:
+        from peft import load_peft_weights, set_peft_model_state_dict
+
+        set_peft_model_state_dict(model, load_peft_weights(str(checkpoint), device="cpu"))
+        return
+    dtype = next(model.parameters()).dtype
+    stored = type(model).from_pretrained(checkpoint, dtype=dtype)  # type: ignore[attr-defined]
+    model.load_state_dict(stored.state_dict())
+
+
+class StopSignal:
+    """Turns the first SIGINT or SIGTERM into a request to stop after the current step; the second acts as usual.
+
+    Use it as a context manager around the training loop; `requested` is the signal's number, or None.
+    """
+
+    def __init__(self) -> None:
+        self.requested: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.requested = number
+        for each, handler in self._previous.items():
+            signal.signal(each, handler)
