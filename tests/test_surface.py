@@ -34,7 +34,18 @@ NAMES = {
 }
 
 # Command -> its options, in the order of its help page (`--json` is common to all).
-COMMANDS: dict[str, tuple[str, ...]] = {}
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "check": ("model", "random_init", "sequences", "dtype", "device", "seed"),
+    "explain": (
+        "model",
+        "sequences",
+        "prompt_tokens",
+        "response_tokens",
+        "group_size",
+        "max_tokens",
+        "min_shared",
+    ),
+}
 
 HEAVY = ("torch", "transformers", "numpy", "tyro", "accelerate", "trl", "peft", "matplotlib")
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -222,6 +223,10 @@ def test_a_real_sigint_exits_130(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX pipes")
 def test_a_reader_that_goes_away_is_no_traceback() -> None:
     done = subprocess.run(
-        f"{sys.executable} -m stemma.cli.main --help | true", shell=True, capture_output=True, text=True, timeout=60
+        f"{shlex.quote(sys.executable)} -m stemma.cli.main --help | true",
+        shell=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.stderr == ""
