@@ -41,8 +41,8 @@ def block_forward(
         softcap: ``c`` of ``c * tanh(score / c)``, or None.
 
     Returns:
-        Output ``(blocks, heads, queries, head_dim)`` and log-sum-exp ``(blocks, heads, queries)``, the latter in float32
-        (float64 for float64 input).
+        Output ``(blocks, heads, queries, head_dim)`` and log-sum-exp ``(blocks, heads, queries)``, the latter in
+        float32 (float64 for float64 input).
     """
     if softcap is None and query.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)
@@ -91,7 +91,9 @@ def _query_slices(query: Tensor, keys: int) -> list[slice]:
 def _scores(query: Tensor, key: Tensor, rows: slice, causal: bool, scale: float) -> Tensor:
     """Scores of some query rows, ``(blocks, key_heads, group, rows, keys)``, before soft-capping; float32 at least."""
     wide = torch.promote_types(query.dtype, torch.float32)
-    scores = torch.einsum("bkgqd,bknd->bkgqn", _grouped(query, key.shape[1])[:, :, :, rows].to(wide), key.to(wide)) * scale
+    scores = (
+        torch.einsum("bkgqd,bknd->bkgqn", _grouped(query, key.shape[1])[:, :, :, rows].to(wide), key.to(wide)) * scale
+    )
     if causal:
         index = torch.arange(key.shape[2], device=key.device)
         scores = scores.masked_fill(index[None, :] > index[rows, None], float("-inf"))

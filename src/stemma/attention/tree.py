@@ -5,8 +5,9 @@ block answers with output ``o_b`` and log-sum-exp ``l_b``; answers to one query 
 
     ``l = log(sum_b exp(l_b))``,  ``o = sum_b exp(l_b - l) * o_b``,
 
-which is the softmax over all visible keys. The backward hands the *merged* ``o`` and ``l`` to each block's fused backward
-and adds up what comes back (see :mod:`stemma.attention.kernels`). An attention sink ``s`` (gpt-oss) is one more answer:
+which is the softmax over all visible keys. The backward hands the *merged* ``o`` and ``l`` to each block's fused
+backward and adds up what comes back (see :mod:`stemma.attention.kernels`). An attention sink ``s`` (gpt-oss) is one
+more answer:
 log-sum-exp ``s``, output zero.
 
 Prefix Grouper (arXiv 2506.05433) is the tree of two levels; there the prefix's keys and values are repeated for each
@@ -83,7 +84,9 @@ def tree_attention(
     if backend == "flex":
         from stemma.attention.flex import flex_tree_attention
 
-        output = flex_tree_attention(query, key, value, layout, scale=scale, window=window, softcap=softcap, sinks=sinks)
+        output = flex_tree_attention(
+            query, key, value, layout, scale=scale, window=window, softcap=softcap, sinks=sinks
+        )
     elif backend in ("blocks", "varlen"):
         output = _TreeAttention.apply(query, key, value, sinks, layout, scale, window, softcap, backend)
     else:

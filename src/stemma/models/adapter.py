@@ -1,16 +1,16 @@
 """The attention adapter: any Hugging Face decoder that dispatches its attention can run over a prefix tree.
 
 :func:`enable` registers one attention implementation that wraps the model's own and switches by call: with a layout in
-the call's keyword arguments it is tree attention, without one it is what the model had before. The implementation is set
-once and never toggled around a call, because activation checkpointing runs layers again in the backward, where a toggle
-would long be undone. The layout travels as a keyword argument for the same reason; that also keeps LoRA, autocast and the
-hooks of DDP and FSDP working, since everything goes through ``model(...)``.
+the call's keyword arguments it is tree attention, without one it is what the model had before. The implementation is
+set once and never toggled around a call, because activation checkpointing runs layers again in the backward, where a
+toggle would long be undone. The layout travels as a keyword argument for the same reason; that also keeps LoRA,
+autocast and the hooks of DDP and FSDP working, since everything goes through ``model(...)``.
 
-Masks are built outside the layers. On a tree call the mask function returns None, after it has *probed* what mask the
-model asked for: causal and sliding-window masks are the ones tree attention computes; anything else (chunked,
-bidirectional, blockwise) is refused by name, and a window that the mask has but the attention call does not announce is
-refused as well. A first small forward in :func:`enable` compares the tree with each sequence alone, so a model whose
-layers mix positions elsewhere (recurrence, convolution, absolute position offsets) is refused before any work.
+Masks are built outside the layers. On a tree call the mask function probes what mask the model asked for and returns a
+marker that travels to the layers in the mask's place, so each layer knows its own: causal and sliding-window masks are
+the ones tree attention computes; a layer with any other (chunked, bidirectional, blockwise) is refused by name. A first
+small forward in :func:`enable` compares the tree with each sequence alone, so a model whose layers mix positions
+elsewhere (recurrence, convolution, absolute position offsets) is refused before any work.
 """
 
 import sys
@@ -36,6 +36,8 @@ LAYOUT_ARGUMENT = "stemma_call"
 """Keyword argument under which a tree call travels from ``model(...)`` to every attention function."""
 
 _PREFIX = "stemma_"
+_HARMLESS = {"position_ids", "cache_position"}
+"""Tensors handed to attention functions that do not change what attention computes."""
 
 
 @dataclass(eq=False)
@@ -48,14 +50,22 @@ class TreeCall:
     capture: bool = False
     """Keep each module's keys and values (context included), for calls below this one."""
     captured: dict[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    windows: set[int | None] = field(default_factory=set)
-    """Windows that attention calls announced; None for full attention."""
-    mask_windows: set[int | None] = field(default_factory=set)
-    """Windows that the model's masks have."""
     calls: int = 0
     by_keyword: int = 0
     running: bool = False
     """Inside ``model(...)``, as against a recomputation in the backward."""
+
+
+@dataclass(frozen=True)
+class _Mask:
+    """What stands in a mask's place on a tree call."""
+
+    window: int | None = None
+    refusal: str = ""
+
+    def __getitem__(self, index: Any) -> "_Mask":
+        """Models slice their masks to the rows in use; should rows really be left out, the attention call refuses."""
+        return self
 
 
 _current: ContextVar[TreeCall | None] = ContextVar("stemma_tree_call", default=None)
@@ -81,6 +91,9 @@ def base_model(model: nn.Module) -> PreTrainedModel:
     """
     inner: Any = model
     while not isinstance(inner, PreTrainedModel):
+        if hasattr(inner, "get_base_model"):  # PEFT; its other attributes lead past the language-model head
+            inner = inner.get_base_model()
+            continue
         for name in ("module", "_orig_mod", "base_model", "model"):
             following = getattr(inner, name, None)
             if isinstance(following, nn.Module) and following is not inner:
@@ -96,7 +109,12 @@ def base_model(model: nn.Module) -> PreTrainedModel:
 
 def is_enabled(model: nn.Module) -> bool:
     """Whether :func:`enable` has been called on the model."""
-    return str(base_model(model).config._attn_implementation).startswith(_PREFIX)
+    return str(_implementation(base_model(model))).startswith(_PREFIX)
+
+
+def _implementation(model: PreTrainedModel) -> str:
+    """The attention implementation of the text decoder, which may be a part of the model."""
+    return str(model.config.get_text_config()._attn_implementation)
 
 
 def enable(model: Any, *, verify: bool = False, self_test: bool = True) -> Any:
@@ -120,22 +138,22 @@ def enable(model: Any, *, verify: bool = False, self_test: bool = True) -> Any:
     inner = base_model(model)
     if not is_enabled(model):
         _refuse_unsuitable(inner)
-        original = inner.config._attn_implementation
+        original = _implementation(inner)
+        test = None
+        if self_test and _materialised(inner):
+            from stemma.models.verify import SelfTest
+
+            test = SelfTest(model)  # its reference comes from the model as it is
         name = _register(original)
         inner.set_attn_implementation(name)
-        if inner.config._attn_implementation != name:
-            raise UnsupportedModelError(
-                f"{_label(inner)} does not dispatch its attention through transformers' AttentionInterface, so its "
-                "attention cannot be computed over a tree. Use a model type listed as exact in docs/support.md."
-            )
-        if self_test and _materialised(inner):
-            from stemma.models.verify import self_test as run_self_test
-
-            try:
-                run_self_test(model)
-            except Exception:
-                inner.set_attn_implementation(original)
-                raise
+        try:
+            if _implementation(inner) != name:
+                raise _not_dispatching(inner)
+            if test is not None:
+                test.run()
+        except Exception:
+            inner.set_attn_implementation(original)
+            raise
     inner._stemma_verify = verify
     return model
 
@@ -144,8 +162,15 @@ def disable(model: Any) -> Any:
     """Undo :func:`enable`: give the model its original attention implementation back. Returns the model."""
     inner = base_model(model)
     if is_enabled(model):
-        inner.set_attn_implementation(inner.config._attn_implementation.removeprefix(_PREFIX))
+        inner.set_attn_implementation(_implementation(inner).removeprefix(_PREFIX))
     return model
+
+
+def _not_dispatching(model: PreTrainedModel) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{_label(model)} does not dispatch its attention through transformers' AttentionInterface, so its attention "
+        "cannot be computed over a tree. Use a model type listed as exact in docs/support.md."
+    )
 
 
 def _label(model: PreTrainedModel) -> str:
@@ -158,19 +183,23 @@ def _refuse_unsuitable(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(
             f"{_label(model)} is an encoder-decoder; a prefix tree needs a decoder-only causal language model."
         )
-    if model.get_output_embeddings() is None:
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Module) or isinstance(head, nn.ModuleList):
         raise UnsupportedModelError(
-            f"{_label(model)} has no language-model head. Load it with AutoModelForCausalLM."
+            f"{_label(model)} has no single language-model head. Load it with AutoModelForCausalLM."
         )
     if getattr(config, "is_causal", True) is False:
         raise UnsupportedModelError(
             f"{_label(model)} attends in both directions; prefixes can be shared only under causal attention."
         )
-    if not getattr(model, "_can_set_attn_implementation", lambda: True)():
+    if getattr(config.get_text_config(), "attn_temperature_tuning", False) and config.model_type.startswith("llama4"):
         raise UnsupportedModelError(
-            f"{_label(model)} does not dispatch its attention through transformers' AttentionInterface, so its attention "
-            "cannot be computed over a tree. Use a model type listed as exact in docs/support.md."
+            f"{_label(model)} scales its attention by the index in the row instead of position_ids "
+            "(attn_temperature_tuning), which in a packed row is another number."
         )
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    if not any(part._can_set_attn_implementation() for part in parts):
+        raise _not_dispatching(model)
 
 
 def _materialised(model: PreTrainedModel) -> bool:
@@ -206,37 +235,30 @@ def _register(original: str) -> str:
         if call is None:
             function = ALL_MASK_ATTENTION_FUNCTIONS.get(original)
             return None if function is None else function(*args, **kwargs)
-        call.mask_windows.add(_window_of(kwargs["mask_function"], call.layout.max_length))
-        return None
+        return _probe(kwargs["mask_function"], call.layout.max_length)
 
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, mask)
     return name
 
 
-def _window_of(mask_function: Any, length: int) -> int | None:
-    """The sliding window of an index-based mask function on rows of ``length`` tokens, None for plain causal.
-
-    Raises:
-        UnsupportedModelError: the mask is neither.
-    """
+def _probe(mask_function: Any, length: int) -> _Mask:
+    """The sliding window of an index-based mask function on rows of ``length`` tokens, or why it has none."""
     keys = torch.arange(length)
     zero = torch.zeros((), dtype=torch.int64)
     window: int | None = None
     for position in sorted({length - 1, length // 2, length // 3}, reverse=True):
-        visible = mask_function(zero, zero, torch.tensor(position), keys)
-        visible = torch.as_tensor(visible).cpu().expand(length)
+        visible = torch.as_tensor(mask_function(zero, zero, torch.tensor(position), keys)).cpu().expand(length)
         seen = int(visible.sum())
         if window is None and seen < position + 1:
             window = seen
-        expected = (keys <= position) & (keys > position - (window or length))
-        if not torch.equal(visible, expected):
-            raise UnsupportedModelError(
-                f"The model masks attention in a way that is neither causal nor a sliding window (of {length} tokens, "
-                f"position {position} sees {seen}). Chunked, blockwise and bidirectional masks cannot be computed over a "
-                "prefix tree; chunked attention can, as long as no sequence is longer than a chunk."
+        if not torch.equal(visible, (keys <= position) & (keys > position - (length if window is None else window))):
+            return _Mask(
+                refusal=f"of {length} tokens, position {position} sees {seen}, which is neither causal attention nor a "
+                "sliding window. Chunked, blockwise and bidirectional masks cannot be computed over a prefix tree "
+                "(chunked attention can, as long as no sequence is longer than a chunk)."
             )
-    return window
+    return _Mask(window)
 
 
 def _attend(
@@ -245,7 +267,7 @@ def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | _Mask | None,
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
@@ -254,25 +276,36 @@ def _attend(
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
     is_causal: bool | None = None,
-    **_: Any,
+    **others: Any,
 ) -> Tensor:
     """Tree attention under the signature of transformers; returns ``(1, T, heads, value_dim)``."""
     layout, where = call.layout, f"{type(module).__name__} (layer {getattr(module, 'layer_idx', '?')})"
-    if attention_mask is not None:
+    if isinstance(attention_mask, _Mask):
+        if attention_mask.refusal:
+            raise UnsupportedModelError(f"{where} masks its attention: {attention_mask.refusal}")
+        sliding_window = attention_mask.window
+    elif attention_mask is not None:
         raise UnsupportedModelError(f"{where} received a mask of its own making; a tree call must not carry a mask.")
+    unknown = sorted(name for name, value in others.items() if isinstance(value, Tensor) and name not in _HARMLESS)
+    if unknown:
+        raise UnsupportedModelError(
+            f"{where} hands its attention function {', '.join(unknown)}, which tree attention does not know (sparse "
+            "selections of keys, say)."
+        )
     if position_bias is not None:
         raise UnsupportedModelError(f"{where} adds a position bias to its scores, which no block kernel computes.")
     if (getattr(module, "is_causal", True) if is_causal is None else is_causal) is False:
         raise UnsupportedModelError(f"{where} attends in both directions; prefixes need causal attention.")
     if dropout:
         raise UnsupportedModelError(
-            f"{where} has active attention dropout {dropout}: dropped weights would differ between a shared and a repeated "
-            "prefix. Set attention_dropout=0 in the config, or call model.eval()."
+            f"{where} has active attention dropout {dropout}: dropped weights would differ between a shared and a "
+            "repeated prefix. Set attention_dropout=0 in the config, or call model.eval()."
         )
     if query.shape[2] != layout.num_tokens or key.shape[2] != layout.num_tokens:
         raise UnsupportedModelError(
             f"{where} attends from {query.shape[2]} to {key.shape[2]} positions where the packed row has "
-            f"{layout.num_tokens}; cross attention, caches and learned prefix tokens cannot be combined with a tree call."
+            f"{layout.num_tokens}; cross attention, caches and learned prefix tokens cannot be combined with a tree "
+            "call."
         )
     if layout.context:
         if module not in call.context:
@@ -281,7 +314,6 @@ def _attend(
         key, value = torch.cat([above_key, key], dim=2), torch.cat([above_value, value], dim=2)
     if call.running:
         call.calls += 1
-        call.windows.add(None if sliding_window is None or sliding_window >= layout.max_length else sliding_window)
         if call.capture:
             if module in call.captured:
                 raise UnsupportedModelError(f"{where} attends twice in one forward, so it cannot be streamed.")

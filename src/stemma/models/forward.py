@@ -6,7 +6,7 @@ and the positions that predict something go through the head afterwards, in chun
 checked in every call; a model that does something else is refused.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -97,14 +97,16 @@ def check_model(model: nn.Module) -> None:
     inner = base_model(model)
     if not is_enabled(model):
         raise UnsupportedModelError(
-            f"{type(inner).__name__} has not been enabled for shared prefixes: call stemma.enable(model) first, or pass "
+            f"{type(inner).__name__} has not been enabled for shared prefixes: call stemma.enable(model) first, or "
+            "pass "
             'mode="plain".'
         )
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout) and module.p > 0 and module.training:
             raise UnsupportedModelError(
-                f"Active dropout {module.p} in '{name}': a shared prefix would be dropped once where repeated prefixes are "
-                "dropped differently each time. Set the dropout to 0 (lora_dropout=0 for LoRA), or call model.eval()."
+                f"Active dropout {module.p} in '{name}': a shared prefix would be dropped once where repeated prefixes "
+                "are dropped differently each time. Set the dropout to 0 (lora_dropout=0 for LoRA), or call "
+                "model.eval()."
             )
 
 
@@ -138,7 +140,8 @@ class _Head:
         device = hidden.device.type
         self.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         self.hidden = hidden.flatten(0, -2).index_select(0, self.positions.to(hidden.device))
-        return (hidden[:1, :2], *arguments[1:])
+        # Larger than life, so that soft-capping shows even on the small logits of a fresh model.
+        return (hidden[:1, :2] * 16, *arguments[1:])
 
     def _keep(self, module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
         self.raw = output
@@ -150,8 +153,8 @@ class _Head:
         label = f"{type(self.model).__name__} (model type '{self.model.config.model_type}')"
         if self.hidden is None or self.raw is None or self.autocast is None:
             raise UnsupportedModelError(
-                f"{label} does not call its language-model head as a module, so its log-probabilities cannot be computed "
-                "in chunks."
+                f"{label} does not call its language-model head as a module, so its log-probabilities cannot be "
+                "computed in chunks."
             )
         tail = _tail(self.model, self.raw.detach(), logits.detach())
         if tail is None:
@@ -176,26 +179,35 @@ class _Head:
             )
 
 
-def _tail(model: PreTrainedModel, raw: Tensor, logits: Tensor) -> Callable[[Tensor], Tensor] | None:
-    """What the model does between head and logits, found among identity, scales and soft-caps of its config."""
+@dataclass(frozen=True)
+class _Tail:
+    """What a model does to its logits behind the head."""
+
+    factor: float = 1.0
+    divisor: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        if self.softcap is not None:
+            return self.softcap * torch.tanh(logits / self.softcap)
+        return logits if self.factor == self.divisor == 1.0 else logits * self.factor / self.divisor
+
+
+def _tail(model: PreTrainedModel, raw: Tensor, logits: Tensor) -> _Tail | None:
+    """What the model does between head and logits: nothing, or a scale or soft-cap with a number from its config."""
     low = raw.dtype in (torch.float16, torch.bfloat16) or logits.dtype in (torch.float16, torch.bfloat16)
     tolerance = 2e-2 if low else 1e-5
     raw, logits = raw.to(torch.float64), logits.to(torch.float64)
-
-    def fits(guess: Tensor) -> bool:
-        return guess.shape == logits.shape and torch.allclose(guess, logits, rtol=tolerance, atol=tolerance * 1e-2)
-
-    if fits(raw):
-        return lambda scores: scores
     config = model.config.get_text_config()
     numbers = {float(v) for v in vars(config).values() if isinstance(v, int | float) and not isinstance(v, bool) and v}
+    guesses = [_Tail()]
     for number in sorted(numbers):
-        if fits(raw * number):
-            return lambda scores, c=number: scores * c
-        if fits(raw / number):
-            return lambda scores, c=number: scores / c
-        if fits(number * torch.tanh(raw / number)):
-            return lambda scores, c=number: c * torch.tanh(scores / c)
+        guesses += [_Tail(softcap=number)] if number > 0 else []
+        guesses += [_Tail(factor=number), _Tail(divisor=number)]
+    for guess in guesses:
+        value = guess(raw)
+        if value.shape == logits.shape and torch.allclose(value, logits, rtol=tolerance, atol=tolerance * 1e-2):
+            return guess
     return None
 
 
@@ -265,15 +277,6 @@ def _check_calls(model: nn.Module, call: TreeCall) -> None:
             f"{label} has {layers} layers, but only {call.calls} of them asked for attention: the others mix tokens in "
             "another way (recurrence, convolution, linear attention), which cannot branch with a tree."
         )
-    if not call.mask_windows >= call.windows and call.mask_windows:
-        raise UnsupportedModelError(
-            f"{label} announces attention windows {call.windows} but masks with windows {call.mask_windows}."
-        )
-    if call.mask_windows - call.windows - {None}:
-        raise UnsupportedModelError(
-            f"{label} masks with a sliding window of {call.mask_windows - call.windows - {None}} tokens that its attention "
-            "layers do not announce, so tree attention cannot tell which layers have it."
-        )
     if call.by_keyword < call.calls and torch.is_grad_enabled() and getattr(inner, "is_gradient_checkpointing", False):
         raise UnsupportedModelError(
             f"{label} does not pass keyword arguments on to its attention layers, so activation checkpointing would "
@@ -330,7 +333,5 @@ def plain_forward(
         output = model(
             input_ids=torch.from_numpy(ids).to(device), attention_mask=attention_mask, use_cache=False, **extra
         )
-    logprobs, entropies = head.score(
-        output.logits, torch.arange(position.size), torch.from_numpy(token), settings
-    )
+    logprobs, entropies = head.score(output.logits, torch.arange(position.size), torch.from_numpy(token), settings)
     return logprobs, entropies, _aux_loss(inner, output, settings), ids.size

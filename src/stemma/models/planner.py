@@ -1,7 +1,7 @@
 """The planner: shared, streamed or plain, and why.
 
-The estimate is the FLOPs ratio of a padded batch to the tree. Below :data:`WORTH_IT` the tree's extra kernel calls would eat
-the gain, so the plain forward runs. A tree over the token budget is streamed.
+The estimate is the FLOPs ratio of a padded batch to the tree. Below :data:`WORTH_IT` the tree's extra kernel calls
+would eat the gain, so the plain forward runs. A tree over the token budget is streamed.
 """
 
 from dataclasses import asdict, dataclass
@@ -75,7 +75,8 @@ class Plan:
 
 
 def explain(model: nn.Module, tree: PrefixTree, *, max_tokens: int | None = None) -> Plan:
-    """Plan a batch without running it. Only shapes and the config of ``model`` are read, so a meta-device model will do.
+    """Plan a batch without running it. Only shapes and the config of ``model`` are read, so a meta-device model will
+    do.
 
     Args:
         model: a causal language model of transformers.
@@ -92,7 +93,8 @@ def explain(model: nn.Module, tree: PrefixTree, *, max_tokens: int | None = None
     if cost.flops_ratio < WORTH_IT:
         mode = "plain"
         reasons = [
-            f"Sharing would save a factor of {cost.flops_ratio:.2f} in FLOPs, below {WORTH_IT}: each sequence runs alone."
+            f"Sharing would save a factor of {cost.flops_ratio:.2f} in FLOPs, below {WORTH_IT}: each sequence runs "
+            "alone."
         ]
         if max_tokens is not None:
             from stemma.models.scoring import plain_rows
@@ -101,14 +103,17 @@ def explain(model: nn.Module, tree: PrefixTree, *, max_tokens: int | None = None
     else:
         mode = "shared"
         reasons = [
-            f"{cost.token_ratio:.2f} times fewer tokens are encoded; FLOPs bound the speed-up at {cost.flops_ratio:.2f}."
+            f"{cost.token_ratio:.2f} times fewer tokens are encoded; FLOPs bound the speed-up at "
+            f"{cost.flops_ratio:.2f}."
         ]
         if max_tokens is not None and tree.unique_tokens > max_tokens:
             from stemma.models.streaming import partition
 
             mode = "streamed"
             parts = _count(partition(tree, max_tokens))
-            reasons.append(f"{tree.unique_tokens} tokens exceed max_tokens={max_tokens}, so the tree runs part by part.")
+            reasons.append(
+                f"{tree.unique_tokens} tokens exceed max_tokens={max_tokens}, so the tree runs part by part."
+            )
     return Plan(
         mode=mode,
         reasons=tuple(reasons),
@@ -127,16 +132,21 @@ def _count(parts: list[Any]) -> int:
 def model_shape(model: PreTrainedModel) -> ModelShape:
     """The cost-relevant sizes of a model, from its weights' shapes and its config."""
     config = model.config.get_text_config()
-    heads = int(getattr(config, "num_attention_heads", None) or 1)
-    hidden = int(getattr(config, "hidden_size", None) or model.get_input_embeddings().weight.shape[1])
-    head_dim = int(getattr(config, "head_dim", None) or hidden // heads)
-    key_heads = int(getattr(config, "num_key_value_heads", None) or heads)
-    layers = int(getattr(config, "num_hidden_layers", None) or 1)
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+
+    def number(name: str, default: int) -> int:
+        value = getattr(config, name, None)  # None too where a config keeps it for each layer apart
+        return int(value) if isinstance(value, int) and value else default
+
+    heads = number("num_attention_heads", 1)
+    hidden = number("hidden_size", model.get_input_embeddings().weight.shape[1])
+    head_dim = number("head_dim", hidden // heads)
+    key_heads = number("num_key_value_heads", heads)
+    layers = number("num_hidden_layers", 1)
+    window = number("sliding_window", 0) if getattr(config, "use_sliding_window", True) else 0
     types = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * layers
     embeddings = {id(p) for m in (model.get_input_embeddings(), model.get_output_embeddings()) for p in m.parameters()}
-    experts = int(getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 0)
-    active = int(getattr(config, "num_experts_per_tok", None) or 0)
+    experts = number("num_local_experts", number("num_experts", 0))
+    active = number("num_experts_per_tok", 0)
     body = 0.0
     for name, parameter in model.named_parameters():
         if id(parameter) in embeddings or parameter.dim() < 2:
@@ -149,6 +159,6 @@ def model_shape(model: PreTrainedModel) -> ModelShape:
         key_value_width=key_heads * head_dim,
         hidden_size=hidden,
         vocabulary=int(config.vocab_size),
-        windows=tuple(window if kind == "sliding_attention" else None for kind in types[:layers]),
+        windows=tuple((window or None) if kind == "sliding_attention" else None for kind in types[:layers]),
         bytes_per_value=next(model.parameters()).element_size(),
     )

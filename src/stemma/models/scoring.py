@@ -1,7 +1,7 @@
 """Scoring: log-probabilities and entropies of every sequence of a prefix tree, each shared token encoded once.
 
-``score`` gives a differentiable result. It runs the tree as one packed row when that fits ``max_tokens``, streams it when
-it does not (:mod:`stemma.models.streaming`), and takes the plain forward where sharing does not pay
+``score`` gives a differentiable result. It runs the tree as one packed row when that fits ``max_tokens``, streams it
+when it does not (:mod:`stemma.models.streaming`), and takes the plain forward where sharing does not pay
 (:mod:`stemma.models.planner`).
 """
 

@@ -1,14 +1,14 @@
 """Streaming: the same scores and gradients in memory that does not grow with the number of branches.
 
-The tree is walked from the root. A part is either a run of neighbouring subtrees under one parent that fit ``max_tokens``
-together, or a single node whose subtrees do not. A node's keys and values are cut out of the graph and handed to the
-parts below it as leaves; each part runs forward and backward and is forgotten, and its gradient with respect to those
-leaves adds up. When all parts below a node are done, one backward through the node carries the sum on. What stays in
-memory is the graph of one path from the root, and of one part.
+The tree is walked from the root. A part is either a run of neighbouring subtrees under one parent that fit
+``max_tokens`` together, or a single node whose subtrees do not. A node's keys and values are cut out of the graph and
+handed to the parts below it as leaves; each part runs forward and backward and is forgotten, and its gradient with
+respect to those leaves adds up. When all parts below a node are done, one backward through the node carries the sum on.
+What stays in memory is the graph of one path from the root, and of one part.
 
-:func:`backward` is the training call: the loss of each part's sequences is taken as they come, so every token runs forward
-once and backward once. :func:`stemma.score` streams behind its ordinary interface by running the forward without a graph
-first and once more in the backward, as activation checkpointing does.
+:func:`backward` is the training call: the loss of each part's sequences is taken as they come, so every token runs
+forward once and backward once. :func:`stemma.score` streams behind its ordinary interface by running the forward
+without a graph first and once more in the backward, as activation checkpointing does.
 """
 
 from collections.abc import Callable
@@ -107,8 +107,8 @@ def _walk(
         if part.below:
             if torch.is_grad_enabled() and not with_grad and any(p.requires_grad for p in model.parameters()):
                 raise UnsupportedModelError(
-                    "Streaming needs the graph of the prefix's keys and values, which reentrant activation checkpointing "
-                    "hides: use gradient_checkpointing_kwargs={'use_reentrant': False}."
+                    "Streaming needs the graph of the prefix's keys and values, which reentrant activation "
+                    "checkpointing hides: use gradient_checkpointing_kwargs={'use_reentrant': False}."
                 )
             below: Context = {}
             for module, pair in call.captured.items():
@@ -138,8 +138,8 @@ def backward(
 
     Args:
         model, tree, temperature, entropy, aux_loss, max_tokens, mode: as in :func:`stemma.score`.
-        loss: maps scores to a scalar. When streaming it is called with the scores of some sequences at a time, so it must
-            be a sum over sequences with denominators fixed beforehand; every sequence comes exactly once.
+        loss: maps scores to a scalar. When streaming it is called with the scores of some sequences at a time, so it
+            must be a sum over sequences with denominators fixed beforehand; every sequence comes exactly once.
 
     Returns:
         The loss (summed over calls, detached) and the scores of all sequences, detached.
@@ -152,7 +152,12 @@ def backward(
     chosen = choose_mode(model, tree, mode, max_tokens)
     if chosen == "shared" or (chosen == "plain" and max_tokens is None):
         scores = score(
-            model, tree, temperature=temperature, entropy=entropy, aux_loss=aux_loss, max_tokens=max_tokens, mode=chosen
+            model,
+            tree,
+            temperature=temperature,
+            entropy=entropy,
+            aux_loss=aux_loss,
+            mode="plain" if chosen == "plain" else "shared",
         )
         value = _scalar(loss(scores))
         value.backward()
@@ -211,11 +216,7 @@ def _plain_backward(
     for row in plain_rows(tree, max_tokens):
         part_logprobs, part_entropies, _, tokens = plain_forward(model, tree, row, settings)
         value = _scalar(
-            loss(
-                make_scores(
-                    tree, part_logprobs, part_entropies, sequences=row, forwarded_tokens=tokens, mode="plain"
-                )
-            )
+            loss(make_scores(tree, part_logprobs, part_entropies, sequences=row, forwarded_tokens=tokens, mode="plain"))
         )
         value.backward()
         total.append(value.detach())

@@ -1,6 +1,6 @@
 """Verification: is the shared forward of this model, on this machine, the plain one?
 
-:func:`self_test` is the short look that :func:`stemma.enable` takes; :func:`check` is the whole comparison behind
+:class:`SelfTest` is the short look that :func:`stemma.enable` takes; :func:`check` is the whole comparison behind
 ``stemma check``: log-probabilities, every parameter's gradient, time and memory.
 """
 
@@ -18,10 +18,11 @@ from stemma.models.adapter import base_model, enable, is_enabled
 from stemma.models.forward import Edges, ForwardSettings, plain_forward, tree_forward
 from stemma.prefix.tree import PrefixTree
 
-__all__ = ["CheckReport", "check", "self_test"]
+__all__ = ["CheckReport", "SelfTest", "check"]
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 2e-2}
-"""Largest log-probability difference, in nats, that counts as rounding. float64 models keep float32 inside their norms."""
+"""Largest log-probability difference, in nats, that counts as rounding. float64 models keep float32 inside their "
+"norms."""
 _GRADIENT_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 5e-2}
 """Largest difference of a parameter's gradient, relative to the gradient's norm."""
 
@@ -109,28 +110,38 @@ def _random_tree(model: nn.Module, groups: int, responses: int, prompt: int, res
     return PrefixTree.from_groups(prompts, [[run(response) for _ in range(responses)] for _ in range(groups)])
 
 
-def self_test(model: nn.Module) -> None:
-    """Compare a tree of three levels with each of its sequences alone, without gradients.
+class SelfTest:
+    """A tree of three levels against each of its sequences alone, without gradients.
 
-    Raises:
-        UnsupportedModelError: they differ by more than rounding, or the model cannot run the tree.
+    Made before the attention implementation is changed, so that the reference comes from the model as it was.
     """
-    inner = base_model(model)
-    vocabulary = int(inner.config.get_text_config().vocab_size)
-    random = np.random.default_rng(0)
-    stem, limb = random.integers(0, vocabulary, size=9), random.integers(0, vocabulary, size=4)
-    tails = [random.integers(0, vocabulary, size=size) for size in (7, 3, 5)]
-    tree = PrefixTree.from_sequences(
-        [np.concatenate([stem, limb, tails[0]]), np.concatenate([stem, limb, tails[1]]), np.concatenate([stem, tails[2]])],
-        min_shared=1,
-    )
-    settings = ForwardSettings()
-    label = f"{type(inner).__name__} (model type '{inner.config.model_type}')"
-    with torch.no_grad(), _without_dropout(model):
-        alone = torch.cat([plain_forward(model, tree, np.array([i]), settings)[0] for i in range(tree.num_sequences)])
-        edges = Edges.of(tree)
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.inner = base_model(model)
+        vocabulary = int(self.inner.config.get_text_config().vocab_size)
+        random = np.random.default_rng(0)
+        stem, limb, *tails = (random.integers(0, vocabulary, size=size) for size in (9, 4, 7, 3, 5))
+        sequences = [[stem, limb, tails[0]], [stem, limb, tails[1]], [stem, tails[2]]]
+        self.tree = PrefixTree.from_sequences([np.concatenate(parts) for parts in sequences], min_shared=1)
+        self.alone = self._alone()
+
+    def _alone(self) -> Tensor:
+        rows = [np.array([index]) for index in range(self.tree.num_sequences)]
+        with torch.no_grad(), _without_dropout(self.model):
+            return torch.cat([plain_forward(self.model, self.tree, row, ForwardSettings())[0] for row in rows])
+
+    def run(self) -> None:
+        """Compare, now that the model dispatches.
+
+        Raises:
+            UnsupportedModelError: they differ by more than rounding, or the model cannot run the tree.
+        """
+        label = f"{type(self.inner).__name__} (model type '{self.inner.config.model_type}')"
+        edges = Edges.of(self.tree)
         try:
-            shared = tree_forward(model, tree, edges, settings)[0][torch.from_numpy(edges.of_scored)]
+            with torch.no_grad(), _without_dropout(self.model):
+                shared, _, _, _ = tree_forward(self.model, self.tree, edges, ForwardSettings())
         except UnsupportedModelError:
             raise
         except Exception as error:
@@ -138,14 +149,16 @@ def self_test(model: nn.Module) -> None:
                 f"{label} cannot run over a prefix tree: its forward failed on a packed row without a mask "
                 f"({type(error).__name__}: {error}). Use the plain forward for it."
             ) from error
-    difference = float((alone - shared).abs().max())
-    tolerance = _TOLERANCE.get(inner.dtype, 1e-4)
-    if not difference <= tolerance:
-        raise UnsupportedModelError(
-            f"{label} gives other log-probabilities over a prefix tree than alone (up to {difference:.1e} nats, rounding "
-            f"explains {tolerance:.0e}). Something besides attention mixes or counts positions in it: recurrence, "
-            "convolution, or positions that do not come from position_ids. Use the plain forward for it."
-        )
+        shared = shared[torch.from_numpy(edges.of_scored).to(shared.device)]
+        tolerance = _TOLERANCE.get(self.inner.dtype, 1e-4)
+        for got, kind in ((shared, "over a prefix tree"), (self._alone(), "once its attention is dispatched")):
+            difference = float((self.alone - got).abs().max())
+            if not difference <= tolerance:
+                raise UnsupportedModelError(
+                    f"{label} gives other log-probabilities {kind} (up to {difference:.1e} nats, rounding explains "
+                    f"{tolerance:.0e}). Something besides attention mixes or counts positions in it: recurrence, "
+                    "convolution, or positions that do not come from position_ids. Use the plain forward for it."
+                )
 
 
 def check(model: nn.Module, tree: PrefixTree | None = None, *, repeats: int = 3, seed: int = 0) -> CheckReport:
@@ -193,7 +206,7 @@ def check(model: nn.Module, tree: PrefixTree | None = None, *, repeats: int = 3,
 
     try:
         with torch.enable_grad(), _without_dropout(model):
-            memory = {forward: _memory(lambda f=forward: step(f), device) for forward in (plain, shared)}
+            plain_memory, shared_memory = _memory(lambda: step(plain), device), _memory(lambda: step(shared), device)
             (plain_logprobs, plain_grads), (shared_logprobs, shared_grads) = step(plain), step(shared)
             worst, where = 0.0, "none"
             for name, expected in plain_grads.items():
@@ -228,7 +241,7 @@ def check(model: nn.Module, tree: PrefixTree | None = None, *, repeats: int = 3,
         logprob_tolerance=_TOLERANCE.get(inner.dtype, 1e-4),
         gradient_tolerance=_GRADIENT_TOLERANCE.get(inner.dtype, 1e-3),
         time_ratio=float(np.median(times[plain]) / np.median(times[shared])),
-        memory_ratio=memory[plain] / max(memory[shared], 1),
+        memory_ratio=plain_memory / max(shared_memory, 1),
         flops_ratio=explain(model, tree).flops_ratio,
     )
 

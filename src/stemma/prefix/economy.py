@@ -1,8 +1,9 @@
 """The economy of sharing: tokens, attention pairs, FLOPs and bytes of a tree, shared against repeated.
 
-Cost of one forward, ``2 N T + 4 d A + 2 h V M`` FLOPs, with ``N`` weights that each token passes, ``T`` tokens, ``d`` query
-width, ``A`` attended pairs summed over layers, ``h`` hidden size, ``V`` vocabulary and ``M`` positions that reach the head; a
-backward costs twice that. (Prefix Grouper, arXiv 2506.05433, appendix A.2, counts the same terms with whole squares.)
+Cost of one forward, ``2 N T + 4 d A + 2 h V M`` FLOPs, with ``N`` weights that each token passes, ``T`` tokens, ``d``
+query width, ``A`` attended pairs summed over layers, ``h`` hidden size, ``V`` vocabulary and ``M`` positions that reach
+the head; a backward costs twice that. (Prefix Grouper, arXiv 2506.05433, appendix A.2, counts the same terms with whole
+squares.)
 """
 
 from dataclasses import dataclass
@@ -78,7 +79,9 @@ def economy(tree: PrefixTree, shape: ModelShape) -> Economy:
     layout = Layout.of(tree)
     lengths = tree.lengths
     alone = np.concatenate([np.arange(1, length + 1) for length in np.unique(lengths)])
-    weights = np.concatenate([np.full(length, count) for length, count in zip(*np.unique(lengths, return_counts=True), strict=True)])
+    weights = np.concatenate(
+        [np.full(length, count) for length, count in zip(*np.unique(lengths, return_counts=True), strict=True)]
+    )
 
     def plain_pairs(window: int | None) -> int:
         seen = alone if window is None else np.minimum(alone, window)

@@ -1,15 +1,16 @@
 """The layout of one forward call: a run of the packed row, what lies above it, and the blocks its attention is made of.
 
-A layout covers the packed tokens ``[begin, end)`` of a tree: the whole row, one node, or neighbouring subtrees under one
-parent. Whatever lies above that run is its *context*: the path from the root, whose keys and values are handed in and
-which all queries see. A packed forward has no context; a streamed one walks the tree and hands each part the keys and
-values of its path.
+A layout covers the packed tokens ``[begin, end)`` of a tree: the whole row, one node, or neighbouring subtrees under
+one parent. Whatever lies above that run is its *context*: the path from the root, whose keys and values are handed in
+and which all queries see. A packed forward has no context; a streamed one walks the tree and hands each part the keys
+and values of its path.
 
-The attention of a layout is a list of :class:`Block`: query rows, key rows, and whether the square between them is causal.
+The attention of a layout is a list of :class:`Block`: query rows, key rows, and whether the square between them is
+causal.
 No block needs a mask, and together they cover each visible (query, key) pair exactly once:
 
-- full attention: one causal square a node (its tokens among themselves), one full rectangle an inner node (its keys, all
-  queries below it), one full rectangle for the context;
+- full attention: one causal square a node (its tokens among themselves), one full rectangle an inner node (its keys,
+  all queries below it), one full rectangle for the context;
 - a sliding window ``W`` (key visible when ``position_q - position_k < W``): causal squares along the node, and for keys
   that leave the window while the queries walk on, a triangle. In reversed order of both queries and keys that triangle
   is an ordinary causal square, so it needs no mask either. Keys above a node are gathered, at most ``W - 1`` a node.
@@ -18,18 +19,21 @@ Trade-off: a windowed layer whose window is shorter than the longest sequence ga
 one rectangle per inner node. It stays exact and never builds a mask; it makes more and smaller kernel calls.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from stemma.prefix.tree import PrefixTree, ranges
+from stemma.prefix.radix import ranges
+from stemma.prefix.tree import PrefixTree
 
 __all__ = ["Block", "Layout"]
 
 Rows = slice | torch.Tensor
-"""Rows of a packed tensor: a slice (no copy), or an int64 index ``(rows,)``, or ``(blocks, rows)`` for several squares."""
+"""Rows of a packed tensor: a slice (no copy), or an int64 index ``(rows,)``, or ``(blocks, rows)`` for several "
+"squares."""
 
 _BATCHED_LENGTH = 256
 """Squares up to this long are batched by similar length: below it a kernel call costs more than a copy."""
@@ -79,7 +83,7 @@ class Layout:
     """``C``, the number of tokens above the run."""
     max_length: int
     """Longest path, context included."""
-    _blocks: dict[tuple[int | None, torch.device], list[Block]] = field(default_factory=dict, repr=False)
+    _memory: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, tree: PrefixTree, begin: int = 0, end: int | None = None) -> "Layout":
@@ -118,16 +122,25 @@ class Layout:
         """The blocks of a layer, built once for each window and device.
 
         Args:
-            window: sliding window in tokens, the query's own included; None or at least ``max_length`` for full attention.
+            window: sliding window in tokens, the query's own included; None or at least ``max_length`` for full
+                attention.
             device: where index tensors live.
         """
         if window is not None and window >= self.max_length:
             window = None
-        key = (window, torch.device(device))
-        if key not in self._blocks:
-            build = self._full_blocks() if window is None else self._windowed_blocks(window)
-            self._blocks[key] = [_to_device(block, key[1]) for block in build]
-        return self._blocks[key]
+        where = torch.device(device)
+
+        def build() -> list[Block]:
+            blocks = self._full_blocks() if window is None else self._windowed_blocks(window)
+            return [_to_device(block, where) for block in blocks]
+
+        return self.remember(("blocks", window, where), build)
+
+    def remember(self, key: Any, build: Callable[[], Any]) -> Any:
+        """What ``build`` gave for ``key`` the first time: all layers of a forward share one schedule."""
+        if key not in self._memory:
+            self._memory[key] = build()
+        return self._memory[key]
 
     # ------------------------------------------------------------------ full attention
 
@@ -141,10 +154,10 @@ class Layout:
             if nodes.size > 1:
                 blocks.append(_batched_square(self.node_start[nodes], lengths[nodes], shift))
         alone = [int(node) for nodes in batched if nodes.size == 1 for node in nodes]
-        for node in sorted(alone + [int(node) for node in np.flatnonzero(lengths > _BATCHED_LENGTH)]):
+        for node in sorted(alone + np.flatnonzero(lengths > _BATCHED_LENGTH).tolist()):
             own = slice(int(self.node_start[node]), int(self.node_end[node]))
             blocks.append(Block(own, _shifted(own, shift), causal=True, first=True))
-        for node in np.flatnonzero(self.node_subtree_end > self.node_end):
+        for node in np.flatnonzero(self.node_subtree_end > self.node_end).tolist():
             below = slice(int(self.node_end[node]), int(self.node_subtree_end[node]))
             own = slice(int(self.node_start[node]) + shift, int(self.node_end[node]) + shift)
             blocks.append(Block(below, own, causal=False))
@@ -178,9 +191,9 @@ class Layout:
 def _band(queries: np.ndarray, keys: np.ndarray, distance: int, window: int) -> list[Block]:
     """Blocks for consecutive keys before consecutive queries under a window.
 
-    Query ``i`` stands ``distance + i - j`` tokens behind key ``j`` and sees it when that is less than ``window``, that is
-    when ``j >= i + lag`` with ``lag = distance - window + 1``: a rectangle for the queries that see all keys, then for
-    the rest a rectangle on the keys that all of them see, and the triangle between.
+    Query ``i`` stands ``distance + i - j`` tokens behind key ``j`` and sees it when that is less than ``window``, that
+    is when ``j >= i + lag`` with ``lag = distance - window + 1``: a rectangle for the queries that see all keys, then
+    for the rest a rectangle on the keys that all of them see, and the triangle between.
     """
     lag = distance - window + 1
     blocks = []

@@ -1,8 +1,9 @@
 """Log-probabilities and entropies from hidden states, in chunks, so that tokens x vocabulary never exists whole.
 
-One predicting position may have several next tokens (a branch), so scores are asked for as *edges*: (predicting position,
-target token). Each position goes through the head once. Forward keeps hidden states; a chunk's logits are made again in
-the backward (activation checkpointing of the head alone). When all positions fit into one chunk nothing is made twice.
+One predicting position may have several next tokens (a branch), so scores are asked for as *edges*: (predicting
+position, target token). Each position goes through the head once. Forward keeps hidden states; a chunk's logits are
+made again in the backward (activation checkpointing of the head alone). When all positions fit into one chunk nothing
+is made twice.
 """
 
 from collections.abc import Callable
@@ -41,7 +42,8 @@ def chunked_logprobs(
     """Log-probability of each edge, and the entropy at its position.
 
     Args:
-        head: maps hidden states ``(m, hidden)`` to logits ``(m, V)``: the model's output projection and whatever follows.
+        head: maps hidden states ``(m, hidden)`` to logits ``(m, V)``: the model's output projection and whatever
+            follows.
         hidden: ``(M, hidden)``, hidden states of the predicting positions.
         edge_position: ``(E,)`` int64, non-decreasing: row of ``hidden`` that predicts each edge.
         edge_token: ``(E,)`` int64: the predicted token.
@@ -86,9 +88,7 @@ class _EdgeScores(torch.autograd.Function):
     """``logits (m, V) -> logprobs (e,), entropies (e,)``; saves the logits and one log-sum-exp a row, nothing else."""
 
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, position: Tensor, token: Tensor, entropy: bool
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, logits: Tensor, position: Tensor, token: Tensor, entropy: bool) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(logits.dtype, torch.float32)
         scores = logits.to(wide)
         total = torch.logsumexp(scores, dim=-1)

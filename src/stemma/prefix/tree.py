@@ -20,24 +20,9 @@ from typing import Any
 import numpy as np
 
 from stemma.errors import InvalidBatchError
+from stemma.prefix.radix import as_ids, as_matrix, radix_nodes, ranges
 
-__all__ = ["PrefixTree", "ranges"]
-
-_MAX_TOKEN_ID = 2**31 - 1
-
-
-def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Concatenate ``arange(start, start + length)`` for each pair, without a loop.
-
-    Args:
-        starts: ``(R,)`` int64.
-        lengths: ``(R,)`` int64, zero allowed.
-
-    Returns:
-        ``(lengths.sum(),)`` int64.
-    """
-    before = np.cumsum(lengths) - lengths
-    return np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()), dtype=np.int64)
+__all__ = ["PrefixTree"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +79,7 @@ class PrefixTree:
         Raises:
             InvalidBatchError: no sequence, an empty sequence, ids that are not integers or out of range.
         """
-        rows = [_as_ids(sequence, f"sequence {index}") for index, sequence in enumerate(sequences)]
+        rows = [as_ids(sequence, f"sequence {index}") for index, sequence in enumerate(sequences)]
         scored = [np.arange(row.size) > 0 for row in rows]
         columns = [np.arange(row.size, dtype=np.int64) - 1 for row in rows]
         width = max((row.size for row in rows), default=1) - 1
@@ -124,9 +109,9 @@ class PrefixTree:
             )
         rows, scored, columns = [], [], []
         for group, (prompt, answers) in enumerate(zip(prompts, responses, strict=True)):
-            head = _as_ids(prompt, f"prompt {group}")
+            head = as_ids(prompt, f"prompt {group}")
             for index, answer in enumerate(answers):
-                tail = _as_ids(answer, f"response {index} of prompt {group}")
+                tail = as_ids(answer, f"response {index} of prompt {group}")
                 if head.size == 0 and tail.size > 0:
                     raise InvalidBatchError(
                         f"Response {index} of prompt {group} has no token before it, so nothing predicts its first "
@@ -162,7 +147,7 @@ class PrefixTree:
             InvalidBatchError: shapes that do not fit, a mask with holes, an all-masked row, or a scored token without a
                 token before it.
         """
-        ids, mask = _as_matrix(input_ids, "input_ids"), _as_matrix(attention_mask, "attention_mask").astype(bool)
+        ids, mask = as_matrix(input_ids, "input_ids"), as_matrix(attention_mask, "attention_mask").astype(bool)
         if ids.shape != mask.shape:
             raise InvalidBatchError(f"input_ids {ids.shape} and attention_mask {mask.shape} must have one shape.")
         length = ids.shape[1]
@@ -172,7 +157,7 @@ class PrefixTree:
         wanted = np.zeros_like(mask)
         wanted[:, length - keep :] = mask[:, length - keep :]
         if completion_mask is not None:
-            chosen = _as_matrix(completion_mask, "completion_mask").astype(bool)
+            chosen = as_matrix(completion_mask, "completion_mask").astype(bool)
             if chosen.shape != (ids.shape[0], keep):
                 raise InvalidBatchError(f"completion_mask must be {(ids.shape[0], keep)}, got {chosen.shape}.")
             if (chosen & ~mask[:, length - keep :]).any():
@@ -185,8 +170,8 @@ class PrefixTree:
                 raise InvalidBatchError(f"Row {index} of attention_mask is all zero; drop the row.")
             if real[-1] - real[0] + 1 != real.size:
                 raise InvalidBatchError(
-                    f"Row {index} of attention_mask has holes. Padding may stand before and behind the tokens of a row, "
-                    "not between them; remove the hidden tokens from input_ids."
+                    f"Row {index} of attention_mask has holes. Padding may stand before and behind the tokens of a "
+                    "row, not between them; remove the hidden tokens from input_ids."
                 )
             begin, end = int(real[0]), int(real[-1]) + 1
             row_scored = wanted[index, begin:end].copy()
@@ -197,7 +182,7 @@ class PrefixTree:
                         "Give every prompt at least one token (the BOS token, say)."
                     )
                 row_scored[0] = False
-            rows.append(_as_ids(ids[index, begin:end], f"row {index}"))
+            rows.append(as_ids(ids[index, begin:end], f"row {index}"))
             scored.append(row_scored)
             columns.append(np.arange(begin, end, dtype=np.int64) - (length - keep))
         return cls._build(rows, scored, columns, keep, min_shared)
@@ -224,7 +209,7 @@ class PrefixTree:
 
         keys = [row.astype(">u4").tobytes() for row in rows]
         order = np.array(sorted(range(len(rows)), key=keys.__getitem__), dtype=np.int64)
-        first, last, bottom, parent = _radix_nodes([rows[i] for i in order], min_shared)
+        first, last, bottom, parent = radix_nodes([rows[i] for i in order], min_shared)
 
         depth = np.where(parent >= 0, bottom[parent], 0)
         node_length = bottom - depth
@@ -402,79 +387,3 @@ class PrefixTree:
                 rows[-1].append(ending)
             stack.extend((child, above + own) for child in reversed(below))
         return [np.concatenate(row) for row in rows if row]
-
-
-def _as_ids(sequence: Any, name: str) -> np.ndarray:
-    array = np.asarray(sequence.detach().cpu() if hasattr(sequence, "detach") else sequence)
-    if array.size == 0:
-        return np.zeros(0, dtype=np.int64)
-    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
-        raise InvalidBatchError(
-            f"{name} must be a one-dimensional run of integer token ids, got shape {array.shape} of {array.dtype}."
-        )
-    if array.min() < 0 or array.max() > _MAX_TOKEN_ID:
-        raise InvalidBatchError(
-            f"{name} has token ids between {array.min()} and {array.max()}; they must lie in 0..{_MAX_TOKEN_ID}. "
-            "Padding and labels such as -100 do not belong into a sequence."
-        )
-    return array.astype(np.int64)
-
-
-def _as_matrix(value: Any, name: str) -> np.ndarray:
-    array = np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
-    if array.ndim != 2 or array.size == 0:
-        raise InvalidBatchError(f"{name} must be a non-empty (rows, columns) matrix, got shape {array.shape}.")
-    return array
-
-
-def _radix_nodes(rows: list[np.ndarray], min_shared: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Nodes of the radix tree over sorted rows, in pre-order.
-
-    Returns:
-        ``first``, ``last`` (the range of rows through each node), ``bottom`` (tokens from the root to the node's end)
-        and ``parent``, each ``(R,)`` int64.
-    """
-    # Compressed trie by the classical stack over neighbours' common prefixes. Entry: [first row, bottom, row range end].
-    nodes: list[list[int]] = []
-    stack: list[list[int]] = []
-    previous: np.ndarray | None = None
-    for index, row in enumerate(rows):
-        shared = 0
-        if previous is not None:
-            shorter = min(previous.size, row.size)
-            differs = previous[:shorter] != row[:shorter]
-            shared = int(differs.argmax()) if differs.any() else shorter
-        popped: list[int] | None = None
-        while stack and stack[-1][1] > shared:
-            popped = stack.pop()
-            popped[2] = index
-        if popped is not None and shared > 0 and (not stack or stack[-1][1] < shared):
-            nodes.append([popped[0], shared, -1])
-            stack.append(nodes[-1])
-        if row.size > (stack[-1][1] if stack else 0):
-            nodes.append([index, row.size, -1])
-            stack.append(nodes[-1])
-        previous = row
-    for node in stack:
-        node[2] = len(rows)
-    nodes.sort(key=lambda node: (node[0], node[1]))
-
-    # Top down: a shared run below the threshold is handed to its children; rows that end there become leaves.
-    kept: list[tuple[int, int, int, int]] = []  # first, last, bottom, parent
-    open_nodes: list[tuple[int, int, int]] = []  # (range end, bottom, kept index or -1) of the path being walked
-    for position, (first, bottom, last) in enumerate(nodes):
-        while open_nodes and open_nodes[-1][0] <= first:
-            open_nodes.pop()
-        parent, top = (open_nodes[-1][2], open_nodes[-1][1]) if open_nodes else (-1, 0)
-        child = nodes[position + 1] if position + 1 < len(nodes) else None
-        is_leaf = child is None or child[0] >= last
-        if is_leaf or bottom - top >= min_shared:
-            open_nodes.append((last, bottom, len(kept)))
-            kept.append((first, last, bottom, parent))
-            continue
-        assert child is not None
-        if child[0] > first:
-            kept.append((first, child[0], bottom, parent))
-        open_nodes.append((last, top, parent))
-    table = np.array(kept, dtype=np.int64)
-    return table[:, 0], table[:, 1], table[:, 2], table[:, 3]
