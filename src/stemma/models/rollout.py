@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
 
 from stemma.errors import InvalidBatchError, UnsupportedModelError
 
@@ -142,8 +143,7 @@ def _continue(
 
     forward = _Forward(model)
     logits_BV, cache = forward(ids_BP, mask_BP, (mask_BP.cumsum(1) - 1).clamp(min=0), None)
-    if num_generations > 1:
-        cache.batch_repeat_interleave(num_generations)
+    _repeat(cache, num_generations, room=max_new_tokens)
     logits_NV = logits_BV.repeat_interleave(num_generations, 0)
     mask_NL = mask_BP.repeat_interleave(num_generations, 0)
     lengths_N = lengths_B.repeat_interleave(num_generations, 0)
@@ -180,7 +180,9 @@ class _Forward:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.accepted = inspect.signature(base.forward).parameters
 
-    def __call__(self, ids_NL: Tensor, mask_NL: Tensor, positions_NL: Tensor, cache: Any) -> tuple[Tensor, Any]:
+    def __call__(
+        self, ids_NL: Tensor, mask_NL: Tensor, positions_NL: Tensor, cache: Cache | None
+    ) -> tuple[Tensor, Cache]:
         # Not every type takes positions (some derive them from the mask) or can skip the logits of a prompt.
         optional = {"position_ids": positions_NL, "logits_to_keep": 1}
         output = self.model(
@@ -191,12 +193,53 @@ class _Forward:
             **{name: value for name, value in optional.items() if name in self.accepted},
         )
         cache = getattr(output, "past_key_values", None)
-        if not hasattr(cache, "batch_repeat_interleave"):
+        if not isinstance(cache, Cache):
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} returned a cache of type {type(cache).__name__}, which cannot be "
                 "repeated for the samples of a prompt; use a model that fills a transformers cache"
             )
         return output.logits[:, -1], cache
+
+
+class _RoomyLayer(DynamicLayer):
+    """Keys and values (N, K, L, D) of one layer with room for what is still to come.
+
+    A `DynamicLayer` copies everything it holds for every new token, which costs more than the model itself where
+    prompts are long; this one writes the new token behind the others.
+    """
+
+    def __init__(self, layer: DynamicLayer, repeats: int, room: int) -> None:
+        super().__init__()
+        self.lazy_initialization(layer.keys, layer.values)
+        self.length = layer.get_seq_length()
+        self.key_room, self.value_room = (
+            torch.nn.functional.pad(states, (0, 0, 0, room)).repeat_interleave(repeats, 0)
+            for states in (layer.keys, layer.values)
+        )
+        self._show()
+
+    def _show(self) -> None:
+        self.keys, self.values = self.key_room[:, :, : self.length], self.value_room[:, :, : self.length]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        start, self.length = self.length, self.length + key_states.shape[2]
+        self.key_room[:, :, start : self.length] = key_states
+        self.value_room[:, :, start : self.length] = value_states
+        self._show()
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.key_room, self.value_room = self.key_room[indices], self.value_room[indices]
+        self._show()
+
+
+def _repeat(cache: Cache, repeats: int, room: int) -> None:
+    """Repeat every row of the cache in place, leaving room for so many more tokens where the layer keeps them all."""
+    for index, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer and layer.is_initialized:
+            cache.layers[index] = _RoomyLayer(layer, repeats, room)
+        else:  # a sliding window or a recurrent state: of bounded size, and its own business
+            layer.batch_repeat_interleave(repeats)
 
 
 @dataclass(frozen=True, slots=True)
