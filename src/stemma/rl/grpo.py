@@ -121,7 +121,9 @@ class Trainer:
                 enable(each)
         self.policy = Policy(self.model, config, self.accelerator)
         if config.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable()  # type: ignore[operator]
+            # transformers 5.23 renamed the method and will drop the old name in version 6.
+            switch = getattr(self.model, "activation_checkpointing_enable", None)
+            (switch or self.model.gradient_checkpointing_enable)()  # type: ignore[operator, misc]
         self.optimizer = adamw(
             model,
             learning_rate=config.learning_rate,
