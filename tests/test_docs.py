@@ -1,7 +1,7 @@
 """The pages are true: their Python runs, their command lines parse, their links lead somewhere.
 
-Conventions for code fences: `python` blocks of a page run in order, in one namespace and an empty folder; `python no-run`
-must compile; in `sh` blocks every `stemma` line must parse and every `./dev` job must exist.
+Conventions for code fences: `python` blocks of a page run in order, in one namespace and an empty folder; those marked
+`python no-run` must compile; in `sh` blocks every `stemma` line must parse and every `./dev` job must exist.
 """
 
 import contextlib
@@ -77,10 +77,12 @@ def test_command_lines_of_the_page_parse(path: Path) -> None:
         elif words[:1] == ["stemma"] and not words[1].startswith("-"):
             assert words[1] in dispatcher.commands(), f"{page_id(path)}:{line}: {text}"
             module = importlib.import_module(f"stemma.cli.{words[1].replace('-', '_')}")
+            status = 0
             try:
                 dispatcher._parse(words[1], module, words[2:])
             except SystemExit as stop:
-                assert stop.code == 0, f"{page_id(path)}:{line}: {text}"
+                status = stop.code
+            assert status == 0, f"{page_id(path)}:{line}: {text}"
 
 
 def anchors(path: Path) -> set[str]:

@@ -4,8 +4,9 @@ Scores one batch twice, with every shared token encoded once and with each row a
 and the gradient of every parameter, time and memory. Exit status 0 when they agree, 1 when they do not or when the
 model is refused.
 
-MODEL is a folder, a hub id or, with --random-init, also a config.json. Without options the batch is made up; give
---sequences to check with token ids of your own.
+MODEL is a folder, a hub id or, with --random-init, also a config.json. The batch is made up, or read from --sequences:
+a JSONL file with [5, 9, 2] or {"input_ids": [5, 9, 2]} on each line, or else with {"prompt_ids": [5],
+"completion_ids": [[9, 2], [4]]}.
 """
 
 import dataclasses
@@ -27,8 +28,7 @@ class Config:
     random_init: bool = False
     """Build the model from its config with fresh weights; no checkpoint is read."""
     sequences: Path | None = None
-    """JSONL file of token ids: on each line a list, {"input_ids": [...]}, or {"prompt_ids": [...], "completion_ids":
-    [[...], ...]}."""
+    """JSONL file of token ids, one sequence or one group of a prompt and its completions on each line."""
     dtype: Literal["float64", "float32", "bfloat16", "float16"] = "float32"
     """Type of the weights. In bfloat16 and float16 both computations round, so larger differences are allowed."""
     device: str = "auto"

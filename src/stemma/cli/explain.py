@@ -1,8 +1,9 @@
 """Say what sharing saves for a model and a batch, and which way would be taken.
 
 Nothing is computed with the model: its config is enough, no weights are read, so this also plans for models larger than
-this machine. The batch is either a file (--sequences) or made up from three lengths: one prompt, and a group of
-responses to it.
+this machine. The batch is made up from three lengths, one prompt and a group of responses to it, or read from
+--sequences: a JSONL file with [5, 9, 2] or {"input_ids": [5, 9, 2]} on each line, or else with {"prompt_ids": [5],
+"completion_ids": [[9, 2], [4]]}.
 """
 
 from dataclasses import dataclass
@@ -21,8 +22,7 @@ class Config:
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """Model folder, hub id or config.json; only the config is read."""
     sequences: Path | None = None
-    """JSONL file of token ids: on each line a list, {"input_ids": [...]}, or {"prompt_ids": [...], "completion_ids":
-    [[...], ...]}."""
+    """JSONL file of token ids, one sequence or one group of a prompt and its completions on each line."""
     prompt_tokens: int | None = None
     """Tokens of the made-up prompt."""
     response_tokens: int | None = None

@@ -15,16 +15,19 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import inspect
 import json
 import math
 import os
+import shutil
 import sys
+import textwrap
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_type_hints
 
 from stemma.errors import StemmaError
 
@@ -142,17 +145,33 @@ def _parse(name: str, module: Any, arguments: list[str]) -> tuple[Any, bool]:
     """The command's own Config from its flags, and whether `--json` was among them."""
     import tyro  # 0.1 s, so not before a command has been chosen
 
-    flag = ("json", Annotated[bool, tyro.conf.arg(help=_JSON_HELP)], False)
-    extended = dataclasses.make_dataclass("Config", [flag], bases=(module.Config,), frozen=True, kw_only=True)
-    parsed: Any = tyro.cli(
-        extended,
-        prog=f"stemma {name}",
-        description=module.__doc__ or "",
-        args=arguments,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    if {"-h", "--help"} & set(arguments):
+        print(_wrapped(module.__doc__ or ""), end="\n\n")
+    hints = get_type_hints(module.Config, include_extras=True)
+    flags: list[Any] = [(f.name, _annotated(hints[f.name], f.default), f) for f in dataclasses.fields(module.Config)]
+    flags.append(("json", Annotated[bool, tyro.conf.arg(help=_JSON_HELP), tyro.conf.FlagCreatePairsOff], False))
+    extended = dataclasses.make_dataclass("Config", flags, bases=(module.Config,), frozen=True, kw_only=True)
+    parsed: Any = tyro.cli(extended, prog=f"stemma {name}", description="", args=arguments)
     values = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(module.Config) if field.init}
     return module.Config(**values), parsed.json
+
+
+def _annotated(hint: Any, default: Any) -> Any:
+    """The type of a flag with what makes its line on the help page short: no `None` and no `--no-` where it is idle."""
+    import tyro
+
+    if default is False:
+        return Annotated[hint, tyro.conf.FlagCreatePairsOff]
+    if default is None:
+        kinds = [kind for kind in get_args(hint) if kind is not type(None)]
+        metavar = "|".join({Path: "PATH", str: "STR"}.get(kind, str(kind.__name__).upper()) for kind in kinds)
+        return Annotated[hint, tyro.conf.arg(metavar=metavar, help_behavior_hint="")]
+    return hint
+
+
+def _wrapped(docstring: str) -> str:
+    width = min(shutil.get_terminal_size().columns, 100)
+    return "\n\n".join(textwrap.fill(paragraph, width) for paragraph in inspect.cleandoc(docstring).split("\n\n"))
 
 
 def _jsonable(value: Any) -> Any:
