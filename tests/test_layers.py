@@ -23,7 +23,8 @@ THIRD_PARTY = {
     "cache": NUMERIC | {"safetensors"},
     "models": NUMERIC | {"accelerate", "safetensors", "tokenizers", "transformers"},
 }
-# Everywhere: only these may be imported when a module is loaded. The rest are extras and belong inside functions.
+# Everywhere: only these may be imported when a module is loaded. The rest are extras, or slow and rarely needed
+# (matplotlib), and belong inside functions.
 CORE_DEPENDENCIES = {"accelerate", "numpy", "safetensors", "tokenizers", "torch", "tqdm", "transformers", "tyro"}
 
 MAX_LINES = 400
@@ -92,7 +93,7 @@ def violations(source: str, own: str, is_package: bool = False) -> list[str]:
             if head in sys.stdlib_module_names:
                 continue
             if statement in top_level and head not in CORE_DEPENDENCIES:
-                found.append(f"{where}: an optional dependency; import it inside the function that needs it")
+                found.append(f"{where}: optional or slow; import it inside the function that needs it")
             if room in THIRD_PARTY and head not in THIRD_PARTY[room] and statement not in never_run:
                 found.append(f"{where}: {room}/ may use only {sorted(THIRD_PARTY[room]) or 'the standard library'}")
             continue
@@ -138,11 +139,11 @@ def test_imports_run_downwards(path: Path) -> None:
         ("stemma.models.scoring", "from stemma import score", "lazy surface"),
         ("stemma.models.scoring", "from stemma.prefix.tree import _merge", "private to its room"),
         ("stemma.models.scoring", "from stemma.models.adapter import _merge", "private to its file"),
-        ("stemma.models.scoring", "import matplotlib.pyplot as plt", "optional dependency"),
+        ("stemma.models.scoring", "import matplotlib.pyplot as plt", "optional or slow"),
         ("stemma.rl.tempo", "from stemma.serve.hydragen import read", "rooms of methods"),
         ("stemma.rl.tempo", "from stemma.rl.grpo import step", "methods do not import each other"),
         ("stemma.rl.tempo", "from stemma.cli.main import main", "downwards"),
-        ("stemma.rl.tempo", "import trl", "optional dependency"),
+        ("stemma.rl.tempo", "import trl", "optional or slow"),
         ("stemma", "from stemma.models.scoring import score", "downwards"),
     ],
 )
