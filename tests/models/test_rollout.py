@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+import stemma
 from stemma.errors import InvalidBatchError, UnsupportedModelError
 from stemma.models import rollout
 from stemma.models.rollout import generate_groups
@@ -255,3 +256,28 @@ def test_a_model_without_a_repeatable_cache_is_refused():
     model.forward = without_cache
     with pytest.raises(UnsupportedModelError, match="cannot be repeated"):
         generate_groups(model, PROMPTS, num_generations=2, max_new_tokens=2, eos_token_id=None)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+def test_enabled_models_sample_the_same(model_type):
+    model = make(model_type, **({"sliding_window": 5} if model_type == "mistral" else {}))
+    options = {"num_generations": 3, "max_new_tokens": 8, "eos_token_id": EOS, "seed": 5}
+    expected = generate_groups(model, PROMPTS, **options)
+    assert stemma.enable(model) is model
+    again = generate_groups(model, PROMPTS, **options)
+    assert again.completions == expected.completions
+    for values, wanted in zip(again.logprobs, expected.logprobs):
+        assert all(torch.equal(value, want) for value, want in zip(values, wanted))
+
+
+def test_adapters_of_peft_are_part_of_the_policy():
+    peft = pytest.importorskip("peft", reason="needs PEFT: pip install 'stemma-lm[peft]'")
+    model = make("llama", torch.float32)
+    plain = generate_groups(model, PROMPTS, num_generations=2, max_new_tokens=5, eos_token_id=None)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    rollouts = generate_groups(adapted, PROMPTS, num_generations=2, max_new_tokens=5, eos_token_id=None)
+    assert rollouts.completions != plain.completions
+    for prompt, completion, value in zip(PROMPTS, (group[0] for group in rollouts.completions), rollouts.logprobs):
+        logits = forward_alone(adapted, prompt + completion)[len(prompt) - 1 : -1]
+        expected = logits.log_softmax(-1)[range(5), completion]
+        torch.testing.assert_close(value[0], expected, rtol=0, atol=1e-5)
