@@ -150,6 +150,13 @@ def score_with(trainer: Any, batch: dict[str, Any], **options: Any) -> tuple[tor
     return trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, keep, **options)
 
 
+def count_embedded(model: Any) -> list[int]:
+    """A list that grows by the number of tokens of each forward from here on."""
+    counts: list[int] = []
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: counts.append(inputs[0].numel()))
+    return counts
+
+
 def loss_and_gradients(trainer: Any, batch: dict[str, Any]) -> tuple[float, dict[str, torch.Tensor]]:
     trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
     trainer.model.train()
@@ -313,7 +320,10 @@ def test_streaming_under_a_token_budget(build: Callable[..., Any]) -> None:
 
     stock = build(trl.GRPOTrainer)
     shared = build(adapter.GRPOTrainer, trainer_options={"max_tokens": 48})
+    forwards = count_embedded(shared.model)
     assert_same_update(stock, shared, with_past(stock, make_batch()))
+    assert len(forwards) > 2
+    assert max(forwards) <= 48
 
 
 # --- whole training runs ----------------------------------------------------------------------------------------------
@@ -492,10 +502,9 @@ def test_fewer_tokens_reach_the_model(build: Callable[..., Any]) -> None:
     batch, counted = make_batch(), {}
     for kind in (trl.GRPOTrainer, adapter.GRPOTrainer):
         trainer = build(kind)
-        seen: list[torch.Tensor] = []
-        trainer.model.get_input_embeddings().register_forward_pre_hook(lambda _, ids, seen=seen: seen.extend(ids))
+        forwards = count_embedded(trainer.model)
         loss_and_gradients(trainer, batch)
-        counted[kind] = sum(ids.numel() for ids in seen)
+        counted[kind] = sum(forwards)
     completion_tokens = batch["completion_mask"].sum().item()
     assert counted[trl.GRPOTrainer] == 8 * (29 + 8)
     assert counted[adapter.GRPOTrainer] == 29 + 17 + completion_tokens
