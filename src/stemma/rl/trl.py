@@ -20,14 +20,15 @@ policy, old policy and reference on all processes.
 Differences from stock TRL to know about:
 
 - TRL left-pads prompts and passes no position ids, so a row's first position is its number of padding tokens. With
-  rotary embeddings that changes nothing but rounding. With learned positions (GPT-2, OPT) stock TRL trains each row at
+  rotary embeddings that changes nothing but rounding. With learned positions (GPT-2) stock TRL trains each row at
   shifted positions, other than those it was sampled at; here every row is scored as if it were alone, from position 0.
 - The log-probability and entropy of a masked column are 0.
 - Images and other multimodal inputs, active dropout, `use_liger_kernel` and `use_transformers_continuous_batching` are
   refused by name. (TRL's `disable_dropout` reaches dropout layers, but not an `attention_dropout` of the config.)
 
-Choose `per_device_train_batch_size` as a multiple of `num_generations`: a group that is cut between two slices has its
-prompt encoded in both.
+The one argument of its own is `max_tokens`, the most tokens in one forward: a slice with more distinct tokens is
+streamed, in memory independent of the number of completions. Choose `per_device_train_batch_size` as a multiple of
+`num_generations`: a group that is cut between two slices has its prompt encoded in both.
 
 Source of the idea: "Prefix Grouper: Efficient GRPO Training through Shared-Prefix Forward", 2025, arXiv 2506.05433.
 """
