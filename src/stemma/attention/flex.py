@@ -35,7 +35,7 @@ def flex_tree_attention(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """Arguments and result as in :func:`stemma.attention.tree.tree_attention`."""
-    from torch.nn.attention.flex_attention import flex_attention
+    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
     mask = _block_mask(layout, window, query.device)
 
@@ -43,7 +43,7 @@ def flex_tree_attention(
         return score if softcap is None else softcap * torch.tanh(score / softcap)
 
     run = _compiled() if query.is_cuda else flex_attention
-    output, sums = run(
+    output, aux = run(
         query,
         key,
         value,
@@ -51,12 +51,12 @@ def flex_tree_attention(
         block_mask=mask,
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
-        return_lse=True,
+        return_aux=AuxRequest(lse=True),
     )
     if sinks is None:
         return output
-    merged = torch.logaddexp(sums, sinks.to(sums.dtype).view(1, -1, 1))
-    return output * torch.exp(sums - merged)[..., None].to(output.dtype)
+    merged = torch.logaddexp(aux.lse, sinks.to(aux.lse.dtype).view(1, -1, 1))
+    return output * torch.exp(aux.lse - merged)[..., None].to(output.dtype)
 
 
 def _block_mask(layout: Layout, window: int | None, device: torch.device) -> Any:

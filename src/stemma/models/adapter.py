@@ -52,6 +52,8 @@ class TreeCall:
     captured: dict[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)
     calls: int = 0
     by_keyword: int = 0
+    hidden_graph: bool = False
+    """Keys and values were captured without a graph, by reentrant activation checkpointing."""
     running: bool = False
     """Inside ``model(...)``, as against a recomputation in the backward."""
 
@@ -318,6 +320,7 @@ def _attend(
             if module in call.captured:
                 raise UnsupportedModelError(f"{where} attends twice in one forward, so it cannot be streamed.")
             call.captured[module] = (key, value)
+            call.hidden_graph |= not torch.is_grad_enabled()
     output = tree_attention(
         query, key, value, layout, scale=scaling, window=sliding_window, softcap=softcap, sinks=s_aux
     )

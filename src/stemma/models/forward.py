@@ -101,6 +101,17 @@ def check_model(model: nn.Module) -> None:
             "pass "
             'mode="plain".'
         )
+    if getattr(inner.config, "output_attentions", False):
+        raise UnsupportedModelError(
+            "config.output_attentions asks for attention weights, which tree attention never forms. Set it to False, "
+            "or "
+            'pass mode="plain".'
+        )
+    if inner.training and getattr(inner.config.get_text_config(), "router_jitter_noise", 0):
+        raise UnsupportedModelError(
+            "config.router_jitter_noise draws other noise for a shared prefix than for repeated ones. Set it to 0, or "
+            "call model.eval()."
+        )
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout) and module.p > 0 and module.training:
             raise UnsupportedModelError(
@@ -277,7 +288,8 @@ def _check_calls(model: nn.Module, call: TreeCall) -> None:
             f"{label} has {layers} layers, but only {call.calls} of them asked for attention: the others mix tokens in "
             "another way (recurrence, convolution, linear attention), which cannot branch with a tree."
         )
-    if call.by_keyword < call.calls and torch.is_grad_enabled() and getattr(inner, "is_gradient_checkpointing", False):
+    recomputes = any(getattr(module, "gradient_checkpointing", False) for module in inner.modules())
+    if call.by_keyword < call.calls and torch.is_grad_enabled() and recomputes:
         raise UnsupportedModelError(
             f"{label} does not pass keyword arguments on to its attention layers, so activation checkpointing would "
             "recompute them without the tree. Call model.gradient_checkpointing_disable()."

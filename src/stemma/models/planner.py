@@ -134,7 +134,10 @@ def model_shape(model: PreTrainedModel) -> ModelShape:
     config = model.config.get_text_config()
 
     def number(name: str, default: int) -> int:
-        value = getattr(config, name, None)  # None too where a config keeps it for each layer apart
+        try:
+            value = getattr(config, name)
+        except Exception:  # missing, or kept for each layer apart (transformers raises an error of its own for that)
+            return default
         return int(value) if isinstance(value, int) and value else default
 
     heads = number("num_attention_heads", 1)

@@ -94,33 +94,38 @@ def _walk(
         logprobs, entropies, _, call = tree_forward(
             model, tree, edges, settings, begin=part.begin, end=part.end, context=context, capture=bool(part.below)
         )
-        with_grad = logprobs.requires_grad or any(k.requires_grad for kv in call.captured.values() for k in kv)
         result = _Result(
             edges.between(part.begin, part.end),
-            logprobs.detach().requires_grad_(with_grad),
-            None if entropies is None else entropies.detach().requires_grad_(with_grad),
+            _leaf(logprobs),
+            None if entropies is None else _leaf(entropies),
         )
         path.append(result)
         consume(part, path)
         outputs: list[Tensor] = [logprobs] if entropies is None else [logprobs, entropies]
         leaves: list[Tensor] = [result.logprobs] if result.entropies is None else [result.logprobs, result.entropies]
         if part.below:
-            if torch.is_grad_enabled() and not with_grad and any(p.requires_grad for p in model.parameters()):
+            if torch.is_grad_enabled() and call.hidden_graph:
                 raise UnsupportedModelError(
                     "Streaming needs the graph of the prefix's keys and values, which reentrant activation "
                     "checkpointing hides: use gradient_checkpointing_kwargs={'use_reentrant': False}."
                 )
             below: Context = {}
             for module, pair in call.captured.items():
-                cut = tuple(x.detach().requires_grad_(x.requires_grad) for x in pair)
-                below[module] = (cut[0], cut[1])
+                cut = (_leaf(pair[0]), _leaf(pair[1]))
+                below[module] = cut
                 outputs += pair
                 leaves += cut
             _walk(model, tree, edges, settings, part.below, consume, below, path)
         path.pop()
-        used = [(out, leaf.grad) for out, leaf in zip(outputs, leaves, strict=True) if leaf.grad is not None]
+        ends = zip(outputs, leaves, strict=True)
+        used = [(out, leaf.grad) for out, leaf in ends if out.requires_grad and leaf.grad is not None]
         if used:
             torch.autograd.backward([out for out, _ in used], [grad for _, grad in used])
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    """The tensor cut out of its graph; it collects a gradient where the graph would."""
+    return tensor.detach().requires_grad_(tensor.requires_grad)
 
 
 def backward(
@@ -186,19 +191,17 @@ def backward(
         logprobs = torch.cat([result.logprobs for result in path])
         entropies = torch.cat([r.entropies for r in path if r.entropies is not None]) if settings.entropy else None
         index = index.to(logprobs.device)
-        value = _scalar(
-            loss(
-                make_scores(
-                    tree,
-                    logprobs[index],
-                    None if entropies is None else entropies[index],
-                    sequences=part.sequences,
-                    forwarded_tokens=part.end - part.begin,
-                    mode="streamed",
-                )
-            )
+        scores = make_scores(
+            tree,
+            logprobs[index],
+            None if entropies is None else entropies[index],
+            sequences=part.sequences,
+            forwarded_tokens=part.end - part.begin,
+            mode="streamed",
         )
-        value.backward()
+        value = _scalar(loss(scores))
+        if scores.logprobs.requires_grad:  # not so for sequences without a scored token
+            value.backward()
         total.append(value.detach())
 
     _walk(model, tree, edges, settings, partition(tree, max_tokens), consume, {}, [])
