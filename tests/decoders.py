@@ -19,7 +19,7 @@ KINDS = {
     "gemma2, window 5, soft-caps": ("gemma2", {"num_key_value_heads": 2, "sliding_window": 5, "head_dim": 8}),
     "gpt_oss, window 5, sinks": (
         "gpt_oss",
-        {"num_key_value_heads": 2, "sliding_window": 5, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+        {"num_key_value_heads": 2, "sliding_window": 5, "head_dim": 8, "num_local_experts": 4},
     ),
     "mixtral, experts": ("mixtral", {"num_key_value_heads": 2, "num_local_experts": 4}),
     "cohere, logit scale": ("cohere", {"num_key_value_heads": 2, "logit_scale": 0.25}),
@@ -70,7 +70,7 @@ def weights_of(tree, seed=0):
 
 @contextmanager
 def keep_double():
-    """Inside, float64 stays float64 where transformers casts norms and softmaxes to float32, in recomputations too."""
+    """Keep float64 where transformers casts norms and softmaxes to float32, in recomputations too."""
     to, softmax = torch.Tensor.to, torch.nn.functional.softmax
 
     def kept_to(self, *args, **kwargs):
