@@ -1,7 +1,6 @@
 """Checkpoints are whole or absent, load without us, and signals ask for one."""
 
 import json
-import os
 import signal
 from pathlib import Path
 
@@ -116,9 +115,8 @@ def test_the_first_signal_asks_and_the_second_acts() -> None:
     before = signal.getsignal(signal.SIGINT)
     with StopSignal() as stop:
         assert stop.requested is None
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         assert stop.requested == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-            signal.pause()
+            signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) == before

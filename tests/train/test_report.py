@@ -34,6 +34,7 @@ def make_rows() -> list[dict]:
                 "compare/loss_shared": 0.5,
                 "compare/loss_plain": 0.5 + 1e-7 * step,
                 "compare/gradient_error": 1e-6,
+                "compare/logprob_error": 1e-7 * step,
                 "compare/time_shared": 0.1,
                 "compare/time_plain": 0.01 * step,
                 "compare/time_ratio": 0.1 * step,
@@ -57,6 +58,7 @@ def test_the_summary_is_the_arithmetic_of_the_rows() -> None:
     assert comparison["time_ratio_median"] == pytest.approx(2.0)
     assert comparison["update_seconds_plain"] == pytest.approx(0.2)
     assert comparison["max_loss_difference"] == pytest.approx(3e-6)
+    assert comparison["max_logprob_error"] == pytest.approx(3e-6)
     assert summary["sampler_gap"] == pytest.approx(6e-5)
 
 
@@ -69,7 +71,9 @@ def test_a_run_without_warmup_comparison_or_evaluation_has_a_report_too(tmp_path
 
 
 def test_three_files_are_written(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows()).replace("NaN", "null"))
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in make_rows()).replace("NaN", "null")
+    )
     write_report(tmp_path, title="A run", about={"task": "DialLock"})
     text = (tmp_path / "report.md").read_text()
     for part in ("# A run", "| task | DialLock |", "4.00× fewer tokens", "**2.00×**", "| 0.250 | 0.750 |"):

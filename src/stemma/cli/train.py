@@ -47,8 +47,8 @@ class Config:
     """Completions of one micro-batch on one process; a multiple of num_generations."""
     gradient_accumulation_steps: int = 1
     """Micro-batches of one optimiser step."""
-    num_iterations: int = 1
-    """Times that each sampled batch is optimised."""
+    num_iterations: int | None = None
+    """Times that each sampled batch is optimised; None: 2, with --model 1."""
     max_completion_length: int | None = None
     """Tokens after which a completion is cut off; None: 72, with --model 256."""
     temperature: float = 1.0
@@ -106,6 +106,9 @@ class Config:
             raise ValueError(
                 f"save_total_limit and lora_r must be at least 1; got {self.save_total_limit}, {self.lora_r}"
             )
+        from stemma.cli._train_run import grpo_config
+
+        grpo_config(self)  # the method's own checks, before any work
 
 
 _STORED = "config.resolved.json"
@@ -115,6 +118,7 @@ _EMBEDDED = {
     "sft_steps": 600,
     "sft_learning_rate": 3e-3,
     "shots": 12,
+    "num_iterations": 2,
     "max_completion_length": 72,
     "learning_rate": 2e-4,
 }
@@ -122,6 +126,7 @@ _CHECKPOINT = {
     "sft_steps": 0,
     "sft_learning_rate": 1e-5,
     "shots": 8,
+    "num_iterations": 1,
     "max_completion_length": 256,
     "learning_rate": 1e-6,
 }

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from stemma.errors import InvalidBatchError, InvalidDataError
 from stemma.prefix.tree import PrefixTree
+from stemma.train.seeds import stream
 
 Row = Mapping[str, Any]
 """One prompt: its token ids under ``prompt_ids``, beside them whatever the reward functions want to know."""
@@ -232,8 +233,8 @@ class ShuffledRows:
     def _row(self, position: int) -> Row:
         epoch, index = divmod(position, len(self._rows))
         if self._order[0] != epoch:
-            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
-            self._order = (epoch, torch.randperm(len(self._rows), generator=generator).tolist())
+            order = torch.randperm(len(self._rows), generator=stream(self._seed, "epoch", epoch))
+            self._order = (epoch, order.tolist())
         return self._rows[self._order[1][index]]
 
 

@@ -210,8 +210,8 @@ class Pass:
 
 
 def comparison(shared: Pass, plain: Pass) -> dict[str, float]:
-    """The same batch through both forwards, of this process: losses, largest difference of a gradient relative to the
-    largest gradient, seconds."""
+    """The same batch through both forwards, of this process: losses, largest difference of a log-probability, largest
+    difference of a gradient relative to the largest gradient, seconds."""
     difference = largest = 0.0
     for pair in zip(shared.gradients, plain.gradients, strict=True):
         present = [gradient for gradient in pair if gradient is not None]
@@ -219,9 +219,15 @@ def comparison(shared: Pass, plain: Pass) -> dict[str, float]:
             one, two = present if len(present) == 2 else (present[0], torch.zeros_like(present[0]))
             difference = max(difference, (one - two).abs().max().item())
             largest = max(largest, one.abs().max().item(), two.abs().max().item())
+    logprobs = [
+        (one.logprobs - two.logprobs).abs().max().item()
+        for one, two in zip(shared.scores, plain.scores, strict=True)
+        if one.logprobs.numel()
+    ]
     return {
         "compare/loss_shared": shared.loss,
         "compare/loss_plain": plain.loss,
+        "compare/logprob_error": max(logprobs, default=0.0),
         "compare/gradient_error": difference / largest if largest else 0.0,
         "compare/time_shared": shared.seconds,
         "compare/time_plain": plain.seconds,

@@ -150,7 +150,7 @@ class Trainer:
         self.model.train()
 
         modes: list[Mode] = ["auto", "plain"] if config.shared_prefix else ["plain", "shared"]
-        compared = bool(config.compare_every) and self.completed_steps % config.compare_every == 0
+        compared = bool(config.compare_every) and (self.completed_steps + 1) % config.compare_every == 0
         passes = {}
         # Whichever forward runs second finds warm caches, so the order of a comparison alternates.
         backwards = compared and self.completed_steps // config.compare_every % 2

@@ -98,6 +98,7 @@ def summarise(rows: Rows) -> dict[str, Any]:
             "update_seconds_plain": statistics.median(_values(compared, "compare/time_plain")),
             "time_ratio_median": statistics.median(_values(compared, "compare/time_ratio")),
             "max_loss_difference": max(abs(row["compare/loss_shared"] - row["compare/loss_plain"]) for row in compared),
+            "max_logprob_error": max(_values(compared, "compare/logprob_error")),
             "max_gradient_error": max(_values(compared, "compare/gradient_error")),
         }
         if compared
@@ -167,8 +168,9 @@ def _markdown(report: Mapping[str, Any]) -> str:
             f"{comparison['update_seconds_plain']:.3f} |",
             "",
             f"Median of the ratio over {comparison['steps']} steps: **{comparison['time_ratio_median']:.2f}×**. "
-            f"Largest difference of the losses {comparison['max_loss_difference']:.1e}; of a gradient, relative to "
-            f"the largest gradient, {comparison['max_gradient_error']:.1e}.",
+            f"Largest difference of a loss {comparison['max_loss_difference']:.1e}, of a token's log-probability "
+            f"{comparison['max_logprob_error']:.1e}, of a gradient, relative to the largest gradient, "
+            f"{comparison['max_gradient_error']:.1e}.",
         ]
     lines += ["", "## Time", "", "| part | seconds |", "|---|---|"]
     lines += [f"| {name} | {value:.1f} |" for name, value in seconds.items()]
