@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.utils import logging
 
 from stemma.cli._train_jobs import Job, checkpoint_job, diallock_job
 from stemma.errors import MissingExtraError, StemmaError
@@ -43,6 +44,7 @@ class Run:
 
     def __init__(self, config: "Config", accelerator: Any, *, resume: bool) -> None:
         self.config, self.accelerator, self.folder = config, accelerator, config.output_dir
+        logging.disable_progress_bar()  # of loading and saving weights; the steps have their own
         seed_everything(config.seed)
         self.job = _make_job(config)
         self.model = _with_adapter(self.job.model, config)
