@@ -27,7 +27,8 @@ from stemma.models.census.configs import (
     build,
     window_is_optional,
 )
-from stemma.models.scoring import score
+from stemma.models.scoring import Scores, score
+from stemma.models.streaming import backward
 from stemma.prefix.tree import PrefixTree
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
@@ -55,6 +56,8 @@ class Measurement:
     """The same in float64 with norms that keep it, nats."""
     gradient: float | None = None
     """Largest relative difference of a parameter's gradient in float64; None when not measured."""
+    streamed: float | None = None
+    """The same from :func:`stemma.backward` in parts; None when not measured or when the type refuses to stream."""
     control: float = float("inf")
     """Smallest difference of the negative control over the variants, nats."""
     seconds: float = 0.0
@@ -158,11 +161,20 @@ def _measure_variant(found: Measurement, tree: PrefixTree, window: int | None, s
                 found.result = INCONCLUSIVE
                 found.reason = f"{name}: without the tree the difference is only {control:.1e}"
             elif gradients and dtype == torch.float64:
-                worst, where = _gradient_difference(model, tree)
+                worst, where, streamed = _gradient_differences(model, tree)
                 found.gradient = max(found.gradient or 0.0, worst)
+                found.streamed = None if streamed is None else max(found.streamed or 0.0, streamed)
+                with torch.no_grad():
+                    auxiliary = _auxiliary_difference(model, tree)
+                if auxiliary is not None:
+                    found.exercised.append("auxiliary loss")
                 if not worst <= tolerance:
                     found.result = WRONG
                     found.reason = f"gradient of {where} differs by {worst:.1e} of its largest value"
+                elif streamed is not None and not streamed <= tolerance:
+                    found.result, found.reason = WRONG, f"streamed gradients differ by {streamed:.1e}"
+                elif auxiliary is not None and not auxiliary <= tolerance:
+                    found.result, found.reason = WRONG, f"auxiliary loss differs by {auxiliary:.1e}"
             if found.result != EXACT:
                 return
 
@@ -206,30 +218,66 @@ def _largest(difference: Tensor) -> float:
     return float(difference.detach().abs().max()) if bool(difference.isfinite().all()) else float("inf")
 
 
-def _gradient_difference(model: PreTrainedModel, tree: PrefixTree) -> tuple[float, str]:
-    """Worst relative gradient difference over all parameters, and the parameter's name."""
-    weights = torch.randn(int(tree.scored.sum()), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+def _gradient_differences(model: PreTrainedModel, tree: PrefixTree) -> tuple[float, str, float | None]:
+    """Worst relative gradient difference over all parameters, where, and the same for the streamed forward.
 
-    def gradients(logprobs: Callable[[], Tensor]) -> dict[str, Tensor | None]:
+    The streamed difference is None for a model that refuses to stream.
+    """
+    weights = torch.randn(tree.num_sequences, tree.num_columns, generator=torch.Generator().manual_seed(1))
+
+    def loss(scores: Scores) -> Tensor:
+        return (scores.logprobs.double() * weights[scores.sequence, scores.column]).sum()
+
+    def gradients(run: Callable[[], object]) -> dict[str, Tensor | None]:
         model.zero_grad(set_to_none=True)
-        (logprobs().double() * weights).sum().backward()
+        run()
         return {name: parameter.grad for name, parameter in model.named_parameters()}
 
+    def alone() -> None:
+        flat = torch.from_numpy(np.repeat(np.arange(tree.num_sequences), tree.lengths - 1))
+        column = torch.from_numpy(tree.column[tree.scored])
+        (logprobs_alone(model, tree) * weights[flat, column]).sum().backward()
+
+    expected = gradients(alone)
     enable(model)
-    shared = gradients(lambda: score(model, tree, mode="shared").logprobs)
-    disable(model)
-    alone = gradients(lambda: logprobs_alone(model, tree))
+    worst, where = _worst(expected, gradients(lambda: backward(model, tree, loss, mode="shared")))
+    try:
+        streamed = gradients(lambda: backward(model, tree, loss, mode="shared", max_tokens=tree.unique_tokens // 2))
+    except UnsupportedModelError:
+        return worst, where, None
+    finally:
+        disable(model)
+    return worst, where, _worst(expected, streamed)[0]
+
+
+def _worst(expected: dict[str, Tensor | None], actual: dict[str, Tensor | None]) -> tuple[float, str]:
     worst, where = 0.0, ""
-    for name, reference in alone.items():
-        actual = shared[name]
-        if reference is None and actual is None:
-            continue
-        zero = torch.zeros(())
-        reference, actual = zero if reference is None else reference, zero if actual is None else actual
-        error = _largest(actual - reference) / max(float(reference.abs().max()), 1e-3)
+    for name, reference in expected.items():
+        got = actual[name]
+        if reference is None:
+            reference = torch.zeros(()) if got is None else torch.zeros_like(got)
+        error = _largest((0 if got is None else got) - reference) / max(float(reference.abs().max()), 1e-3)
         if not error <= worst:
             worst, where = error, name
     return worst, where
+
+
+def _auxiliary_difference(model: PreTrainedModel, tree: PrefixTree) -> float | None:
+    """Difference of the router's load-balancing loss from that of the padded batch; None where there is none."""
+    if not hasattr(model.config.get_text_config(), "output_router_logits"):
+        return None
+    rows = [torch.from_numpy(tree.sequence(index)).long() for index in range(tree.num_sequences)]
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    output = model(input_ids=ids, attention_mask=mask, use_cache=False, output_router_logits=True)
+    expected = getattr(output, "aux_loss", None)
+    if not isinstance(expected, Tensor):
+        return None
+    enable(model)
+    shared = score(model, tree, mode="shared", aux_loss=True).aux_loss
+    disable(model)
+    assert shared is not None
+    return _largest(shared - expected)
 
 
 def _features(model: PreTrainedModel, tree: PrefixTree) -> set[str]:
@@ -241,10 +289,14 @@ def _features(model: PreTrainedModel, tree: PrefixTree) -> set[str]:
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> Any:
-        window = kwargs.get("sliding_window")
+        # Some types window only the mask (boolean, or 0 where visible), whose last query sees the window's keys.
+        seen = kwargs.get("sliding_window") or key.shape[2]
+        if attention_mask is not None:
+            last = attention_mask[0, 0, -1]
+            seen = min(seen, int((last if last.dtype == torch.bool else last == 0).sum()))
         present = {
-            "window": window is not None and window < query.shape[2],
-            "full": window is None,
+            "window": seen < key.shape[2],
+            "full": seen >= key.shape[2],
             "sinks": kwargs.get("s_aux") is not None or kwargs.get("sinks") is not None,
             "soft-cap": kwargs.get("softcap") is not None,
             "grouped heads": query.shape[1] != key.shape[1],

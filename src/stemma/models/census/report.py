@@ -31,6 +31,7 @@ _COLUMNS = (
     "Δ log-prob float32",
     "float64",
     "Δ gradient float64",
+    "Streamed",
     "Reason",
 )
 
@@ -43,13 +44,14 @@ Each causal language model type of transformers {version} is built small, with r
 of {sequences} sequences on {levels} levels, the longest of {longest} tokens; windows and other limits are {window}.
 Log-probabilities from one shared forward are compared with those of each sequence alone, unpadded, through the model's
 original attention, in float32 and in float64 (where norms and routers are kept from casting down), and so are the
-gradients of all parameters in float64.
+gradients of all parameters in float64, in one piece and streamed, and the auxiliary loss of routers.
 """
 
 _LEGEND = """
 "Exercised" says what took part: *window* and *full* attention layers, attention *sinks*, *soft-cap* on attention
 scores, *grouped heads* (fewer key/value heads than query heads), *narrow values* (value heads smaller than query heads)
-and mixtures of *experts*. Differences are rounded up to a power of ten.
+and mixtures of *experts* with their *auxiliary loss*. "Streamed" is the gradient difference of `stemma.backward` when
+the tree has twice the token budget. Differences are rounded up to a power of ten.
 """
 
 _RANK = (EXACT, REFUSED, INCONCLUSIVE, NOT_BUILT, WRONG)
@@ -88,7 +90,7 @@ def render(measurements: Sequence[Measurement]) -> str:
 def _row(found: Measurement) -> tuple[str, ...]:
     reason = " ".join(found.reason.replace("|", "/").split())
     if found.result in (REFUSED, NOT_BUILT):
-        return (f"`{found.model_type}`", found.model_class, found.result, "", "", "", "", reason)
+        return (f"`{found.model_type}`", found.model_class, found.result, "", "", "", "", "", reason)
     return (
         f"`{found.model_type}`",
         found.model_class,
@@ -97,6 +99,7 @@ def _row(found: Measurement) -> tuple[str, ...]:
         _power(found.difference),
         _power(found.difference_double),
         "" if found.gradient is None else _power(found.gradient),
+        "refused" if found.streamed is None else _power(found.streamed),
         reason,
     )
 
