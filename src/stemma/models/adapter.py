@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -205,8 +206,6 @@ def _refuse_unsuitable(model: PreTrainedModel) -> None:
 
 
 def _materialised(model: PreTrainedModel) -> bool:
-    from torch.distributed.tensor import DTensor
-
     return not any(p.device.type == "meta" or isinstance(p, DTensor) or p.numel() == 0 for p in model.parameters())
 
 

@@ -12,7 +12,9 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from stemma.errors import UnsupportedModelError
 from stemma.models.adapter import base_model
 from stemma.models.forward import Edges, ForwardSettings, check_batch, check_model, plain_forward, tree_forward
 from stemma.prefix.tree import PrefixTree
@@ -131,6 +133,8 @@ def choose_mode(model: nn.Module, tree: PrefixTree, mode: Mode, max_tokens: int 
     chosen = plan.mode
     if mode == "shared" and chosen == "plain":
         chosen = "streamed" if max_tokens is not None and tree.unique_tokens > max_tokens else "shared"
+    if chosen == "streamed":
+        _refuse_streaming_under_hooks(model)
     if getattr(inner, "_stemma_verify", False) and chosen != "plain":
         inner._stemma_verify = False
         from stemma.models.verify import check
@@ -145,6 +149,20 @@ def choose_mode(model: nn.Module, tree: PrefixTree, mode: Mode, max_tokens: int 
             )
             return "plain"
     return chosen
+
+
+def _refuse_streaming_under_hooks(model: nn.Module) -> None:
+    """Streaming runs forward and backward several times in one step, each rank as often as its own tree asks."""
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise UnsupportedModelError(
+            "A streamed tree makes another number of forward calls on each rank, and a sharded model (FSDP, tensor "
+            "parallel) needs the same number everywhere. Raise max_tokens, or give each rank fewer sequences."
+        )
+    if isinstance(model, nn.parallel.DistributedDataParallel) and model.require_backward_grad_sync:
+        raise UnsupportedModelError(
+            "A streamed tree runs backward several times, and DistributedDataParallel would reduce gradients each "
+            "time. Call it inside model.no_sync() and reduce the gradients afterwards, or raise max_tokens."
+        )
 
 
 def make_scores(
