@@ -258,6 +258,23 @@ def test_a_model_without_a_repeatable_cache_is_refused():
         generate_groups(model, PROMPTS, num_generations=2, max_new_tokens=2, eos_token_id=None)
 
 
+def test_recurrent_layers_are_refused_by_name():
+    model = tiny_model("lfm2", vocab_size=VOCAB, layer_types=["conv", "full_attention"])
+    with pytest.raises(UnsupportedModelError, match="layer 0 keeps a LinearAttentionLayer"):
+        generate_groups(model, PROMPTS, num_generations=2, max_new_tokens=2, eos_token_id=None)
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "mixtral", "bloom"])
+def test_logprobs_of_other_types_equal_a_full_forward(model_type):
+    model = make(model_type, torch.float32)
+    rollouts = generate_groups(model, PROMPTS, num_generations=2, max_new_tokens=6, eos_token_id=EOS, seed=2)
+    for prompt, group, values in zip(PROMPTS, rollouts.completions, rollouts.logprobs):
+        for completion, value in zip(group, values):
+            logits = forward_alone(model, prompt + completion)[len(prompt) - 1 : -1]
+            expected = logits.log_softmax(-1)[range(len(completion)), completion]
+            torch.testing.assert_close(value, expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("model_type", ["llama", "mistral"])
 def test_enabled_models_sample_the_same(model_type):
     model = make(model_type, **({"sliding_window": 5} if model_type == "mistral" else {}))

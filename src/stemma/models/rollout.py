@@ -89,7 +89,7 @@ def generate_groups(
 
     Raises:
         InvalidBatchError: a prompt is empty, has an id outside the vocabulary, or is too long for the model.
-        UnsupportedModelError: the model keeps no cache that can be repeated.
+        UnsupportedModelError: the model keeps no cache, or one that cannot be repeated (recurrent states).
         ValueError: a sampling option is outside its range.
         FloatingPointError: the model's logits are not numbers.
     """
@@ -238,8 +238,13 @@ def _repeat(cache: Cache, repeats: int, room: int) -> None:
     for index, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer and layer.is_initialized:
             cache.layers[index] = _RoomyLayer(layer, repeats, room)
-        else:  # a sliding window or a recurrent state: of bounded size, and its own business
+        elif isinstance(layer, DynamicLayer):  # such as a sliding window, which bounds its own size
             layer.batch_repeat_interleave(repeats)
+        else:
+            raise UnsupportedModelError(
+                f"layer {index} keeps a {type(layer).__name__}, which cannot be repeated for the samples of a prompt; "
+                "use a model whose layers all cache keys and values"
+            )
 
 
 @dataclass(frozen=True, slots=True)
