@@ -151,9 +151,9 @@ def test_many_shot_prompts_hold_solved_problems_and_then_the_query():
 
 def test_draws_are_balanced_over_distances_and_without_repetition():
     pool = diallock.problems("train", max_distance=4)
-    drawn = Counter(diallock.draw_problems(pool, 1, Random(seed))[0].distance for seed in range(2000))
+    drawn = Counter(problem.distance for problem in diallock.draw_problems(pool, 400, Random(0)))
     assert set(drawn) == {1, 2, 3, 4}
-    assert max(drawn.values()) < 1.2 * min(drawn.values())
+    assert max(drawn.values()) < 1.3 * min(drawn.values())  # drawn from the pool alike, distance 4 would lead by 2.9
     few = pool[:5] + [problem for problem in pool if problem.distance == 4][:3]
     assert sorted(diallock.draw_problems(few, len(few), Random(0))) == sorted(few)
     batch = diallock.packed_batch(pool, Random(0), sequences=100, episodes=10, noise=0.0)

@@ -92,6 +92,7 @@ class Episode:
 
     @property
     def prompt_ids(self) -> list[int]:
+        """Token ids of the problem."""
         return encode(self.problem.prompt)
 
     @property
