@@ -48,6 +48,8 @@ _RULES: list[tuple[re.Pattern[str], Any]] = [
         (r"attn_logit_softcapping", 3.0),
         (r"logits_scaling|lm_head_multiplier|embedding_multiplier|key_multiplier", 1.5),
         (r"residual_multiplier", 0.8),
+        (r"attention_multiplier", 0.3),
+        (r"dim_model_base", 32),
         (r"floor_scale", 8),
         (r"num_(local_)?experts|n_routed_experts|moe_num_experts", 4),
         (r"num_experts_per_tok(en)?|moe_top_?k|moe_k|top_k_experts|n_group|num_expert_group|index_n_heads", 2),
@@ -189,7 +191,7 @@ def build(
     return model.eval()
 
 
-def randomize_(model: nn.Module, seed: int = 0, gain: float = 1.5) -> None:
+def randomize_(model: nn.Module, seed: int = 0, gain: float = 1.2) -> None:
     """Redraw every parameter of ``model`` in place: the usual 0.02 makes attention almost uniform.
 
     Matrices get standard deviation ``gain / sqrt(fan_in)``, embeddings 0.5; vectors keep their value (1 for norms,
@@ -237,6 +239,9 @@ def _shrink(default: PreTrainedConfig, window: int | None) -> PreTrainedConfig:
         small["attention_chunk_size"] = values["attention_chunk_size"]
     switches = {"is_decoder": True, "is_encoder_decoder": False, "add_cross_attention": False}
     small.update({name: value for name, value in switches.items() if name in values})
+    rope = values.get("rope_parameters") or {}
+    if "original_max_position_embeddings" in rope:  # beyond it some types scale their queries by position
+        small["rope_parameters"] = {**rope, "original_max_position_embeddings": WINDOW}
     if "kv_lora_rank" in values and "num_key_value_heads" in small:
         small["num_key_value_heads"] = small["num_attention_heads"]
     if values.get("qk_rope_head_dim") is not None and values.get("head_dim") == values["qk_rope_head_dim"]:
