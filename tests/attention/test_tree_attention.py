@@ -5,9 +5,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import stemma.attention.varlen as varlen
+from allocations import Largest
 from stemma.attention import reference_tree_attention, tree_attention
 from stemma.attention.kernels import block_backward, block_forward
 from stemma.prefix.layout import Layout
@@ -147,28 +147,13 @@ def test_bfloat16_prefix_gradients_do_not_lose_precision_with_the_number_of_bran
     assert errors[8] < 1e-2
 
 
-class _Largest(TorchDispatchMode):
-    """Size of the largest tensor that any operation returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return result
-
-
 @pytest.mark.parametrize("window", [None, 512])
 def test_no_tensor_of_tokens_squared(window):
     random = np.random.default_rng(0)
     tree = PrefixTree.from_groups([random.integers(0, 99, 4096)], [random.integers(0, 99, (8, 512))])
     layout = Layout.of(tree)
     inputs = _inputs(layout, (1, 1), (8, 8), dtype=torch.float32)
-    with _Largest() as largest:
+    with Largest() as largest:
         tree_attention(*inputs, layout, window=window).sum().backward()
     assert largest.elements <= 2 * layout.num_tokens * 8
 
