@@ -117,6 +117,21 @@ def test_a_mask_that_is_neither_causal_nor_a_window():
     assert "neither causal" in _probe(lambda b, h, q, k: k >= 0, 20).refusal
 
 
+def test_rotary_frequencies_that_depend_on_the_call_cannot_be_streamed():
+    """Packed equals the padded batch, which is what such a model computes for a batch; parts would not."""
+    scaling = {"long_factor": [4.0] * 4, "short_factor": [1.0] * 4, "original_max_position_embeddings": 20}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, **scaling}
+    model = stemma.enable(tiny_model("llama", **SIZES, seed=0, rope_parameters=rope))
+    random = np.random.default_rng(0)
+    tree = stemma.PrefixTree.from_groups([random.integers(0, V, 15)], [[random.integers(0, V, n) for n in (3, 30, 25)]])
+    with torch.no_grad():
+        shared, plain = (stemma.score(model, tree, mode=mode).logprobs for mode in ("shared", "plain"))
+    torch.testing.assert_close(shared, plain, rtol=0, atol=1e-4)
+    with pytest.raises(stemma.UnsupportedModelError, match="rotary frequencies"):
+        stemma.score(model, tree, mode="shared", max_tokens=20)
+    assert any("rotary frequencies" in reason for reason in stemma.explain(model, tree).reasons)
+
+
 def test_the_planner_takes_the_plain_forward_where_sharing_does_not_pay():
     model = stemma.enable(tiny_model("llama", **SIZES, seed=0))
     random = np.random.default_rng(0)

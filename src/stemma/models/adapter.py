@@ -249,7 +249,10 @@ def _probe(mask_function: Any, length: int) -> _Mask:
     zero = torch.zeros((), dtype=torch.int64)
     window: int | None = None
     for position in sorted({length - 1, length // 2, length // 3}, reverse=True):
-        visible = torch.as_tensor(mask_function(zero, zero, torch.tensor(position), keys)).cpu().expand(length)
+        try:
+            visible = torch.as_tensor(mask_function(zero, zero, torch.tensor(position), keys)).cpu().expand(length)
+        except (IndexError, RuntimeError):
+            return _Mask(refusal="it depends on places in the row, as blocks of an image do, and not on positions.")
         seen = int(visible.sum())
         if window is None and seen < position + 1:
             window = seen

@@ -22,7 +22,15 @@ from stemma.prefix.layout import Layout
 from stemma.prefix.logprob import chunked_logprobs
 from stemma.prefix.tree import PrefixTree
 
-__all__ = ["Edges", "ForwardSettings", "check_batch", "check_model", "plain_forward", "tree_forward"]
+__all__ = [
+    "Edges",
+    "ForwardSettings",
+    "check_batch",
+    "check_model",
+    "dynamic_rope_limit",
+    "plain_forward",
+    "tree_forward",
+]
 
 
 @dataclass(frozen=True)
@@ -86,6 +94,23 @@ def check_batch(model: nn.Module, tree: PrefixTree) -> None:
             f"The longest sequence has {tree.max_length} tokens, the model {limit} positions "
             "(max_position_embeddings). Shorten the sequences or use a model with a longer context."
         )
+
+
+def dynamic_rope_limit(model: nn.Module) -> int | None:
+    """Length from which the model's rotary frequencies depend on the longest sequence of a call, None if they never do.
+
+    Such a model ("dynamic" and "longrope" scaling) gives a short sequence other log-probabilities in the company of a
+    long one, with or without Stemma.
+    """
+    config = base_model(model).config.get_text_config()
+    scaling = getattr(config, "rope_parameters", None) or {}
+    kinds = [scaling, *(value for value in scaling.values() if isinstance(value, dict))]
+    limits = []
+    for kind in kinds:
+        if kind.get("rope_type") in ("dynamic", "longrope"):
+            own = kind.get("original_max_position_embeddings") if kind["rope_type"] == "longrope" else None
+            limits.append(int(own or config.max_position_embeddings))
+    return min(limits, default=None)
 
 
 def check_model(model: nn.Module) -> None:

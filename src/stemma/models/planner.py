@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from stemma.models.adapter import base_model
+from stemma.models.forward import dynamic_rope_limit
 from stemma.prefix.economy import Economy, ModelShape, economy
 from stemma.prefix.tree import PrefixTree
 
@@ -114,6 +115,12 @@ def explain(model: nn.Module, tree: PrefixTree, *, max_tokens: int | None = None
             reasons.append(
                 f"{tree.unique_tokens} tokens exceed max_tokens={max_tokens}, so the tree runs part by part."
             )
+    limit = dynamic_rope_limit(model)
+    if limit is not None and tree.lengths.min() <= limit < tree.max_length:
+        reasons.append(
+            f"The model's rotary frequencies depend on the longest sequence of a call beyond {limit} tokens: shorter "
+            "sequences score as in a padded batch with the longer ones, not as alone."
+        )
     return Plan(
         mode=mode,
         reasons=tuple(reasons),

@@ -16,7 +16,15 @@ from torch.distributed.tensor import DTensor
 
 from stemma.errors import UnsupportedModelError
 from stemma.models.adapter import base_model
-from stemma.models.forward import Edges, ForwardSettings, check_batch, check_model, plain_forward, tree_forward
+from stemma.models.forward import (
+    Edges,
+    ForwardSettings,
+    check_batch,
+    check_model,
+    dynamic_rope_limit,
+    plain_forward,
+    tree_forward,
+)
 from stemma.prefix.tree import PrefixTree
 
 __all__ = ["Mode", "Scores", "choose_mode", "score"]
@@ -134,7 +142,7 @@ def choose_mode(model: nn.Module, tree: PrefixTree, mode: Mode, max_tokens: int 
     if mode == "shared" and chosen == "plain":
         chosen = "streamed" if max_tokens is not None and tree.unique_tokens > max_tokens else "shared"
     if chosen == "streamed":
-        _refuse_streaming_under_hooks(model)
+        _refuse_streaming(model, tree)
     if getattr(inner, "_stemma_verify", False) and chosen != "plain":
         inner._stemma_verify = False
         from stemma.models.verify import check
@@ -151,8 +159,15 @@ def choose_mode(model: nn.Module, tree: PrefixTree, mode: Mode, max_tokens: int 
     return chosen
 
 
-def _refuse_streaming_under_hooks(model: nn.Module) -> None:
+def _refuse_streaming(model: nn.Module, tree: PrefixTree) -> None:
     """Streaming runs forward and backward several times in one step, each rank as often as its own tree asks."""
+    limit = dynamic_rope_limit(model)
+    if limit is not None and tree.max_length > limit:
+        raise UnsupportedModelError(
+            f"The model's rotary frequencies change for calls that reach beyond {limit} tokens (dynamic or longrope "
+            f"scaling), so the parts of a streamed tree of up to {tree.max_length} tokens would not fit together. "
+            "Raise max_tokens until the tree fits one call."
+        )
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise UnsupportedModelError(
             "A streamed tree makes another number of forward calls on each rank, and a sharded model (FSDP, tensor "
