@@ -14,7 +14,12 @@ from hypothesis import HealthCheck, settings
 
 # Timing limits mean nothing on a shared machine. The same examples every time, so that a failure is found again.
 settings.register_profile(
-    "stemma", deadline=None, derandomize=True, print_blob=True, max_examples=60, suppress_health_check=[HealthCheck.too_slow]
+    "stemma",
+    deadline=None,
+    derandomize=True,
+    print_blob=True,
+    max_examples=60,
+    suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("stemma")
 
