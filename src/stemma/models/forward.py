@@ -60,12 +60,12 @@ class Edges:
     @classmethod
     def of(cls, tree: PrefixTree) -> "Edges":
         """The edges of a tree. A packed token stands for the edge that leads to it."""
-        targets, inverse = np.unique(tree.path[tree.scored], return_inverse=True)
+        targets = tree.scored_targets
         predictor = tree.previous[targets]
         order = np.argsort(predictor, kind="stable")
-        rank = np.empty_like(order)
-        rank[order] = np.arange(order.size)
-        return cls(predictor[order], tree.packed_tokens[targets[order]], rank[inverse.reshape(-1)])
+        edge_of = np.zeros(tree.unique_tokens, dtype=np.int64)
+        edge_of[targets[order]] = np.arange(order.size)
+        return cls(predictor[order], tree.packed_tokens[targets[order]], edge_of[tree.path[tree.scored]])
 
     def between(self, begin: int, end: int) -> slice:
         """The edges predicted by packed tokens ``[begin, end)``."""

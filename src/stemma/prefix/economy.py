@@ -77,19 +77,21 @@ class Economy:
 def economy(tree: PrefixTree, shape: ModelShape) -> Economy:
     """Count what the tree costs under a model of the given shape."""
     layout = Layout.of(tree)
-    lengths = tree.lengths
-    alone = np.concatenate([np.arange(1, length + 1) for length in np.unique(lengths)])
-    weights = np.concatenate(
-        [np.full(length, count) for length, count in zip(*np.unique(lengths, return_counts=True), strict=True)]
-    )
+    lengths, counts = np.unique(tree.lengths, return_counts=True)
 
     def plain_pairs(window: int | None) -> int:
-        seen = alone if window is None else np.minimum(alone, window)
-        return int((seen * weights).sum())
+        # A sequence of n tokens sees 1 + 2 + ... + n keys, at most a window of them each.
+        full = lengths if window is None else np.minimum(lengths, window)
+        beyond = 0 if window is None else (lengths - full) * window
+        return int(((full * (full + 1) // 2 + beyond) * counts).sum())
 
     padded = tree.num_sequences * tree.max_length
     plain_scored = int(tree.scored.sum())
-    shared_scored = int(np.unique(tree.previous[np.unique(tree.path[tree.scored])]).size)
+    predicting = np.zeros(tree.unique_tokens, dtype=bool)
+    predicting[tree.previous[tree.scored_targets]] = True
+    shared_scored = int(predicting.sum())
+    plain_of = {window: plain_pairs(window) for window in {None, *shape.windows}}
+    shared_of = {window: layout.pairs(window) for window in {None, *shape.windows}}
 
     def flops(tokens: int, pairs: int, scored: int) -> float:
         return (
@@ -103,12 +105,12 @@ def economy(tree: PrefixTree, shape: ModelShape) -> Economy:
         total_tokens=tree.total_tokens,
         padded_tokens=padded,
         unique_tokens=tree.unique_tokens,
-        plain_pairs=plain_pairs(None),
-        shared_pairs=layout.pairs(),
+        plain_pairs=plain_of[None],
+        shared_pairs=shared_of[None],
         plain_scored=plain_scored,
         shared_scored=shared_scored,
-        plain_flops=flops(padded, sum(plain_pairs(w) for w in shape.windows), plain_scored),
-        shared_flops=flops(tree.unique_tokens, sum(layout.pairs(w) for w in shape.windows), shared_scored),
+        plain_flops=flops(padded, sum(plain_of[w] for w in shape.windows), plain_scored),
+        shared_flops=flops(tree.unique_tokens, sum(shared_of[w] for w in shape.windows), shared_scored),
         plain_key_value_bytes=padded * per_token,
         shared_key_value_bytes=tree.unique_tokens * per_token,
     )

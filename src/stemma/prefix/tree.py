@@ -322,6 +322,13 @@ class PrefixTree:
         previous[self.node_start] = np.where(parent >= 0, self.node_start[parent] + self.node_length[parent] - 1, -1)
         return previous
 
+    @property
+    def scored_targets(self) -> np.ndarray:
+        """Packed tokens that some sequence wants scored, ascending: the distinct (path, next token) pairs."""
+        wanted = np.zeros(self.unique_tokens, dtype=bool)
+        wanted[self.path[self.scored]] = True
+        return np.flatnonzero(wanted)
+
     def children(self, node: int) -> Iterator[int]:
         """Yield the children of ``node`` in order; -1 is the empty root."""
         child, end = node + 1, self.unique_tokens if node < 0 else int(self.node_subtree_end[node])
