@@ -150,6 +150,8 @@ def test_the_planner_takes_the_plain_forward_where_sharing_does_not_pay():
     assert json.loads(json.dumps(streamed.to_dict()))["mode"] == "streamed"
     assert "8 sequences" in str(streamed)
     assert "max_tokens=80" in str(streamed)
+    rows = [shared.subset(row).unique_tokens for row in shared.split(80)]
+    assert f"into {len(rows)} rows instead (PrefixTree.split) it would be {sum(rows)} tokens" in str(streamed)
     with pytest.raises(ValueError, match="max_tokens"):
         stemma.explain(model, shared, max_tokens=0)
 

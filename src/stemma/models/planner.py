@@ -7,6 +7,7 @@ would eat the gain, so the plain forward runs. A tree over the token budget is s
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -130,6 +131,18 @@ def explain(model: nn.Module, tree: PrefixTree, *, max_tokens: int | None = None
         depth=tree.depth,
         economy=cost,
     )
+
+
+def _split(tree: PrefixTree, max_tokens: int) -> tuple[int, int]:
+    """Rows that the tree would be split into, and their tokens together, each row with the paths it repeats."""
+    rank = np.empty(tree.num_sequences, dtype=np.int64)
+    rank[tree.order] = np.arange(tree.num_sequences)
+    rows = tree.split(max_tokens)
+    tokens = 0
+    for row in rows:
+        low, high = rank[row].min(), rank[row].max() + 1
+        tokens += int(tree.node_length[(tree.node_first < high) & (tree.node_last > low)].sum())
+    return len(rows), tokens
 
 
 def _count(parts: list[Any]) -> int:
