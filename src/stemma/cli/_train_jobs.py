@@ -17,6 +17,7 @@ from stemma.models.loading import load_model
 from stemma.models.tiny import tiny_model
 from stemma.rl.grpo import ShuffledRows
 from stemma.train.seeds import stream_seed
+from stemma.train.sft import IGNORED_LABEL
 
 __all__ = ["Job", "checkpoint_job", "diallock_job"]
 
@@ -44,8 +45,8 @@ class Job:
 def diallock_job(*, shots: int, sft_steps: int, eval_prompts: int, seed: int) -> Job:
     """A Llama of 200,000 parameters, made here, on DialLock with many-shot prompts.
 
-    The warm-up shows noisy solutions of near problems, four to a sequence and in its last quarter as many as the
-    prompts have. Reinforcement asks for problems up to distance 9, and is evaluated on problems that it never asks.
+    The warm-up shows noisy solutions of near problems, four to a sequence and in its last sixth as many as the prompts
+    have. Reinforcement asks for problems up to distance 9, and is evaluated on problems that it never asks.
     """
     near = diallock.problems("train", max_distance=4)
     asked = diallock.problems("train", max_distance=_MAX_DISTANCE)
@@ -59,9 +60,9 @@ def diallock_job(*, shots: int, sft_steps: int, eval_prompts: int, seed: int) ->
         return found
 
     def sft_batches(step: int) -> dict[str, Tensor]:
-        many = step >= sft_steps * 3 // 4
+        episodes = shots + 1 if step >= sft_steps * 5 // 6 else 4
         rng = Random(stream_seed(seed, "sft", step))
-        return diallock.packed_batch(near, rng, sequences=4 if many else 16, episodes=shots + 1 if many else 4)
+        return diallock.packed_batch(near, rng, sequences=max(1, 32 // episodes), episodes=episodes)
 
     def reward(prompt_ids: list[list[int]], completion_ids: list[list[int]], **_: Any) -> list[float | None]:
         return [diallock.reward(prompt, completion) for prompt, completion in zip(prompt_ids, completion_ids)]
@@ -75,6 +76,7 @@ def diallock_job(*, shots: int, sft_steps: int, eval_prompts: int, seed: int) ->
         intermediate_size=256,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
+        initializer_range=0.08,  # with the usual 0.02 the warm-up needs twice the tokens
         eos_token_id=diallock.EOS_ID,
         pad_token_id=diallock.PAD_ID,
         seed=seed,
@@ -94,30 +96,42 @@ def checkpoint_job(model: str, dataset: Path, *, shots: int, eval_prompts: int, 
     """A model from a folder or the hub on a JSONL file: GSM8K's `question` and `answer`, shown few-shot, or `prompt`
     and `answer` as they are. Either way the reward compares the final number.
 
+    Supervised sequences look like the prompts and are labelled on every answer in them.
+
     Raises:
         InvalidDataError: the file, or too few lines for the shots and the held-out prompts.
     """
     from transformers import AutoTokenizer
 
     _, first = next(read_jsonl(dataset))
+    items: list[Any]
     if "question" in first:
-        problems = gsm8k.read_problems(dataset)
-        records = gsm8k.prompt_records(problems, problems[:shots])
+        items = gsm8k.read_problems(dataset)
+        examples, items = items[:shots], items[shots:]
     else:
-        shots, records = 0, read_prompts(dataset)
-    for number, record in enumerate(records, start=1):
-        if record.answer is None:
-            raise InvalidDataError(f"{dataset}, prompt {number}: no answer to compare with; add a field 'answer'")
-    Random(stream_seed(seed, "split")).shuffle(records)
-    held_out, asked = records[:eval_prompts], records[eval_prompts:]
-    if not asked:
+        shots, items = 0, read_prompts(dataset)
+        for number, record in enumerate(items, start=1):
+            if record.answer is None:
+                raise InvalidDataError(f"{dataset}, prompt {number}: no answer to compare with; add a field 'answer'")
+    Random(stream_seed(seed, "split")).shuffle(items)
+    held_out, asked = items[:eval_prompts], items[eval_prompts:]
+    if len(asked) <= shots:
         raise InvalidDataError(
-            f"{dataset} has {len(records)} prompts besides {shots} shots, and {eval_prompts} are held out for "
+            f"{dataset} has {len(items)} prompts besides {shots} shots, and {eval_prompts} are held out for "
             "evaluation; give more lines or a smaller --eval-prompts"
         )
     tokenizer = AutoTokenizer.from_pretrained(model)
-    prompts = ShuffledRows(_EncodedRows(asked, tokenizer), seed=stream_seed(seed, "prompts"))
-    demonstrations = ShuffledRows(_EncodedRows(asked, tokenizer), seed=stream_seed(seed, "sft"))
+
+    def records(chosen: list[Any]) -> list[PromptRecord]:
+        return gsm8k.prompt_records(chosen, examples) if chosen and "question" in first else chosen
+
+    def sft_batches(step: int) -> dict[str, Tensor]:
+        rng = Random(stream_seed(seed, "sft", step))
+        drawn: list[list[Any]] = [rng.sample(asked, shots + 1) for _ in range(_SFT_BATCH_SIZE)]
+        if "question" not in first:
+            return _labelled(tokenizer, [[(row.prompt, row.answer)] for (row,) in drawn])
+        question = "Question: {}\nAnswer:".format
+        return _labelled(tokenizer, [[(question(p.question), p.answer) for p in row] for row in drawn])
 
     def reward(completions: list[str], answer: list[str], **_: Any) -> list[float | None]:
         return [gsm8k.reward(expected, completion) for expected, completion in zip(answer, completions)]
@@ -126,10 +140,10 @@ def checkpoint_job(model: str, dataset: Path, *, shots: int, eval_prompts: int, 
         description=f"{dataset.name}, {shots} examples in each prompt",
         model=load_model(model),
         processing_class=tokenizer,
-        prompts=prompts,
+        prompts=ShuffledRows(_EncodedRows(records(asked), tokenizer), seed=stream_seed(seed, "prompts")),
         reward=reward,
-        eval_rows=list(_EncodedRows(held_out, tokenizer)),
-        sft_batches=lambda step: _labelled(tokenizer, demonstrations(step, _SFT_BATCH_SIZE)),
+        eval_rows=list(_EncodedRows(records(held_out), tokenizer)),
+        sft_batches=sft_batches,
     )
 
 
@@ -148,15 +162,25 @@ class _EncodedRows(Sequence[dict[str, Any]]):
         return {"prompt_ids": ids, "prompt": record.prompt, "answer": record.answer}
 
 
-def _labelled(tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """Prompts continued by their answers, labels on the answers alone."""
-    ids, labels = [], []
-    for row in rows:
-        answer = tokenizer(f" {row['answer']}", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        ids.append(torch.tensor([*row["prompt_ids"], *answer]))
-        labels.append(torch.tensor([-100] * len(row["prompt_ids"]) + answer))
+def _labelled(tokenizer: Any, sequences: Sequence[Sequence[tuple[str, str]]]) -> dict[str, Tensor]:
+    """Sequences of prompts with their answers, a blank line between them, labels on the answers alone."""
+
+    def ids_of(text: str, **options: Any) -> list[int]:
+        return tokenizer(text, **options)["input_ids"]
+
+    all_ids, all_labels = [], []
+    for pairs in sequences:
+        ids: list[int] = []
+        labels: list[int] = []
+        for index, (prompt, answer) in enumerate(pairs):
+            asked = ids_of(prompt if index == 0 else f"\n\n{prompt}", add_special_tokens=index == 0)
+            answered = ids_of(f" {answer}", add_special_tokens=False)
+            ids += asked + answered
+            labels += [IGNORED_LABEL] * len(asked) + answered
+        all_ids.append(torch.tensor([*ids, tokenizer.eos_token_id]))
+        all_labels.append(torch.tensor([*labels, tokenizer.eos_token_id]))
     return {
-        "input_ids": pad_sequence(ids, batch_first=True),
-        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
-        "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
+        "input_ids": pad_sequence(all_ids, batch_first=True),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in all_ids], batch_first=True),
+        "labels": pad_sequence(all_labels, batch_first=True, padding_value=IGNORED_LABEL),
     }

@@ -11,7 +11,7 @@ from stemma.errors import InvalidBatchError
 from stemma.train.distributed import broadcast_parameters, sum_gradients, sum_over_processes
 from stemma.train.optimizer import adamw, apply_gradients, schedule
 
-__all__ = ["Config", "Trainer"]
+__all__ = ["IGNORED_LABEL", "Config", "Trainer"]
 
 IGNORED_LABEL = -100
 
@@ -24,12 +24,16 @@ class Config:
     """Optimiser steps, >= 1."""
     learning_rate: float = 3e-3
     """Peak learning rate of AdamW, >= 0; the default suits models of some 100,000 parameters."""
-    lr_scheduler_type: str = "linear"
+    lr_scheduler_type: str = "cosine"
     """Course of the learning rate after its warm-up."""
     warmup_steps: int = 20
     """Steps during which the learning rate rises from 0, >= 0."""
-    weight_decay: float = 0.0
+    weight_decay: float = 0.01
     """AdamW's decoupled weight decay on matrices, >= 0."""
+    adam_beta1: float = 0.9
+    """AdamW's decay of the mean of gradients, in [0, 1)."""
+    adam_beta2: float = 0.95
+    """AdamW's decay of the mean of squared gradients, in [0, 1)."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this 2-norm; 0 leaves them alone."""
 
@@ -65,7 +69,12 @@ class Trainer:
         self.config, self.batches = config, batches
         self.model = model.to(self.accelerator.device)
         broadcast_parameters(self.accelerator, self.model)
-        self.optimizer = adamw(model, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
+        self.optimizer = adamw(
+            model,
+            learning_rate=config.learning_rate,
+            weight_decay=config.weight_decay,
+            betas=(config.adam_beta1, config.adam_beta2),
+        )
         self.scheduler = schedule(
             self.optimizer, config.lr_scheduler_type, warmup_steps=config.warmup_steps, total_steps=config.max_steps
         )
