@@ -71,7 +71,7 @@ class Plan:
             f"  {'':28}{'repeated':>14}{'shared':>14}{'ratio':>8}",
         ]
         for name, plain, shared in rows:
-            form = ",.1f" if isinstance(plain, float) else ",d"
+            form = ",.4g" if isinstance(plain, float) else ",d"
             lines.append(f"  {name:28}{plain:>14{form}}{shared:>14{form}}{plain / max(shared, 1e-12):>8.2f}")
         return "\n".join(lines)
 
@@ -113,8 +113,10 @@ def explain(model: nn.Module, tree: PrefixTree, *, max_tokens: int | None = None
 
             mode = "streamed"
             parts = _count(partition(tree, max_tokens))
+            rows, tokens = _split(tree, max_tokens)
             reasons.append(
-                f"{tree.unique_tokens} tokens exceed max_tokens={max_tokens}, so the tree runs part by part."
+                f"{tree.unique_tokens} tokens exceed max_tokens={max_tokens}, so the tree runs part by part. Split into "
+                f"{rows} rows instead (PrefixTree.split) it would be {tokens} tokens, repeated paths counted."
             )
     limit = dynamic_rope_limit(model)
     if limit is not None and tree.lengths.min() <= limit < tree.max_length:
