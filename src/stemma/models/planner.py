@@ -115,8 +115,8 @@ def explain(model: nn.Module, tree: PrefixTree, *, max_tokens: int | None = None
             parts = _count(partition(tree, max_tokens))
             rows, tokens = _split(tree, max_tokens)
             reasons.append(
-                f"{tree.unique_tokens} tokens exceed max_tokens={max_tokens}, so the tree runs part by part. Split into "
-                f"{rows} rows instead (PrefixTree.split) it would be {tokens} tokens, repeated paths counted."
+                f"{tree.unique_tokens} tokens exceed max_tokens={max_tokens}, so the tree runs part by part. Split "
+                f"into {rows} rows instead (PrefixTree.split) it would be {tokens} tokens, repeated paths counted."
             )
     limit = dynamic_rope_limit(model)
     if limit is not None and tree.lengths.min() <= limit < tree.max_length:
