@@ -219,10 +219,10 @@ def stemma_step(model: Any, workload: Workload) -> torch.Tensor:
 
 
 def stemma_streamed(model: Any, workload: Workload) -> torch.Tensor:
-    """`backward` under a token budget of the prompt and four responses: micro-batches behind one shared prefix."""
+    """`backward` under a token budget of eight responses: micro-batches behind one shared prefix."""
     import stemma
 
-    max_tokens = max(workload.prompt_lengths) + 4 * max(workload.response_lengths)
+    max_tokens = 8 * max(workload.response_lengths)
 
     tree = stemma.PrefixTree.from_groups(workload.prompts, workload.responses)
     logprobs = torch.zeros_like(workload.weights, dtype=torch.float64)

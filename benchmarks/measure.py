@@ -127,9 +127,9 @@ class Ratio:
     def of(cls, numerator: list[float], denominator: list[float]) -> Ratio:
         """Ratios of neighbouring measurements: repetition k of one against repetition k of the other.
 
-        The denominator may have fewer repetitions: the first blocks are the ones in which both ran.
+        Where one has fewer repetitions, the first blocks are the ones in which both ran.
         """
-        ratios = [n / d for n, d in zip(numerator[: len(denominator)], denominator, strict=True)]
+        ratios = [n / d for n, d in zip(numerator, denominator)]
         return cls(statistics.median(ratios), min(ratios), max(ratios), len(ratios))
 
 

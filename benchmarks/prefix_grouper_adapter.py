@@ -94,11 +94,11 @@ def split(workload: Workload, boundary: int | None) -> tuple[list[list[int]], li
 def best_boundary(workload: Workload) -> int | None:
     """The level of a multi-level workload whose one-level grouping leaves the fewest tokens."""
 
-    def packed_tokens(boundary: int) -> int:
+    def packed_tokens(boundary: int | None) -> int:
         prefixes, suffixes, _ = split(workload, boundary)
         return sum(map(len, prefixes)) + sum(len(suffix) for group in suffixes for suffix in group)
 
-    return min(workload.segments, key=packed_tokens) if workload.segments else None
+    return min((None, *workload.segments), key=packed_tokens)
 
 
 def pack(workload: Workload, boundary: int | None = None) -> tuple[Any, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -134,8 +134,6 @@ def forward(model: Any, grouper: Any, ids: torch.Tensor, **kwargs: Any) -> Any:
 
 def predictors(workload: Workload, boundary: int | None) -> tuple[torch.Tensor, torch.Tensor]:
     """(S,) group and (S,) packed column of the token before each scored token, in the workload's row order."""
-    if boundary is not None and any(length > boundary for length in workload.prompt_lengths):
-        raise ValueError(f"boundary {boundary} lies inside a prompt; pass one at or behind the prompts' ends")
     prefixes, suffixes, prefix_lengths = split(workload, boundary)
     group_of, start_of = [], []
     for group, (prefix, group_suffixes) in enumerate(zip(prefixes, suffixes)):

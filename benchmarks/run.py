@@ -83,8 +83,9 @@ def main() -> bool:
     if "bf16" in chosen:
         report("bfloat16 prefix gradients")
         bf16.run(recorder, counts=(8,) if arguments.quick else (8, 16, 64, 256))
-    report("exactness against each row alone in float64")
-    speed.run_exactness(recorder, [name for name in chosen if name in TIMED])
+    if timed:
+        report("exactness against each row alone in float64")
+        speed.run_exactness(recorder, [name for name in chosen if name in TIMED])
     jobs = [(method, name) for name in chosen for method in speed.available(PEAKS.get(name, ()))]
     report(f"peak memory, {len(jobs)} processes")
     # Peaks do not depend on what else runs, so they may share the machine.

@@ -184,7 +184,7 @@ def gsm8k(folder: str | Path, problems: int = 4, shots: int = 8) -> Workload:
     answers = [[value["solution"] for value in record.values() if isinstance(value, dict)] for record in solved]
     responses = [[encode(answer) for answer in group] for group in answers]
     title = f"GSM8K, {shots}-shot, {problems} problems × {len(responses[0])} solutions"
-    return Workload("GSM8K", title, prompts, responses, vocab_size=max(VOCAB_SIZE, len(tokenizer)))
+    return Workload("GSM8K", title, prompts, responses, (len(header),), max(VOCAB_SIZE, len(tokenizer)))
 
 
 def make(name: str, scale: int = 1) -> Workload:
