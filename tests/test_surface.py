@@ -48,7 +48,15 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "train": (
         *("model", "dataset", "output_dir", "resume", "sft_steps", "sft_learning_rate", "shots", "max_steps"),
         *("num_generations", "per_device_train_batch_size", "gradient_accumulation_steps", "num_iterations"),
-        *("max_completion_length", "temperature", "learning_rate", "lr_scheduler_type", "loss_type", "scale_rewards"),
+        *(
+            "max_completion_length",
+            "temperature",
+            "learning_rate",
+            "lr_scheduler_type",
+            "adam_beta2",
+            "loss_type",
+            "scale_rewards",
+        ),
         *("epsilon", "epsilon_high", "beta", "use_peft", "lora_r", "shared_prefix", "max_tokens", "compare_every"),
         *("gradient_checkpointing", "bf16", "eval_prompts", "eval_steps", "save_steps", "save_total_limit", "seed"),
     ),

@@ -55,8 +55,10 @@ class Config:
     """Sampling temperature."""
     learning_rate: float | None = None
     """Peak learning rate of GRPO; None: 2e-4, with --model 1e-6."""
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
-    """Course of GRPO's learning rate over max_steps."""
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] | None = None
+    """Course of GRPO's learning rate over max_steps; None: constant, with --model linear."""
+    adam_beta2: float | None = None
+    """AdamW's decay of squared gradients in GRPO; None: 0.95, with --model 0.999."""
     loss_type: Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo"] = "dapo"
     """Denominator of the loss: tokens of the sequence (grpo), max_completion_length (dr_grpo), tokens of the optimiser
     batch (dapo, cispo), tokens of the micro-batch (bnpo)."""
@@ -121,6 +123,8 @@ _EMBEDDED = {
     "num_iterations": 2,
     "max_completion_length": 72,
     "learning_rate": 2e-4,
+    "lr_scheduler_type": "constant",
+    "adam_beta2": 0.95,
 }
 _CHECKPOINT = {
     "sft_steps": 0,
@@ -129,6 +133,8 @@ _CHECKPOINT = {
     "num_iterations": 1,
     "max_completion_length": 256,
     "learning_rate": 1e-6,
+    "lr_scheduler_type": "linear",
+    "adam_beta2": 0.999,
 }
 
 
