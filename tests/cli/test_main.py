@@ -21,6 +21,7 @@ A second paragraph that only the command's own page shows.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from stemma.errors import InvalidDataError
 
@@ -33,6 +34,10 @@ class Config:
     """Say it in capitals."""
     action: str = "return"
     """What to do."""
+    colour: Literal["red", "blue"] | None = None
+    """None: no colour."""
+    folder: Path | None = None
+    """None: nowhere."""
 
     def __post_init__(self):
         if self.count < 1:

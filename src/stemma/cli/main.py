@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from stemma.errors import StemmaError
 
@@ -163,10 +163,15 @@ def _annotated(hint: Any, default: Any) -> Any:
     if default is False:
         return Annotated[hint, tyro.conf.FlagCreatePairsOff]
     if default is None:
-        kinds = [kind for kind in get_args(hint) if kind is not type(None)]
-        metavar = "|".join({Path: "PATH", str: "STR"}.get(kind, str(kind.__name__).upper()) for kind in kinds)
+        metavar = "|".join(_metavar(kind) for kind in get_args(hint) if kind is not type(None))
         return Annotated[hint, tyro.conf.arg(metavar=metavar, help_behavior_hint="")]
     return hint
+
+
+def _metavar(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "{" + ",".join(map(str, get_args(kind))) + "}"
+    return str(kind.__name__).upper()
 
 
 def _wrapped(docstring: str) -> str:
