@@ -51,9 +51,7 @@ def reference_advantages(rewards: list[float], groups: list[int], scale: str) ->
 
 
 @given(
-    st.lists(
-        st.tuples(st.sampled_from([0.0, 1.0, 0.1, -2.5, 3.75, NAN]), st.integers(0, 3)), min_size=1, max_size=24
-    ),
+    st.lists(st.tuples(st.sampled_from([0.0, 1.0, 0.1, -2.5, 3.75, NAN]), st.integers(0, 3)), min_size=1, max_size=24),
     st.sampled_from(["group", "batch", "none"]),
 )
 def test_group_relative_is_the_formula(rows: list[tuple[float, int]], scale: str) -> None:
