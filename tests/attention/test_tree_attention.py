@@ -128,9 +128,9 @@ def test_flex_attention_forward(settings):
 
 
 def test_bfloat16_prefix_gradients_do_not_lose_precision_with_the_number_of_branches():
-    """Relative error of the prefix's key and value gradients, at 8 and at 64 branches."""
+    """Relative error of the prefix's key and value gradients, at 8 and at 128 branches."""
     errors = {}
-    for branches in (8, 64):
+    for branches in (8, 128):
         random = np.random.default_rng(0)
         tree = PrefixTree.from_groups([random.integers(0, 99, 128)], [random.integers(0, 99, (branches, 16))])
         layout = Layout.of(tree)
@@ -143,7 +143,7 @@ def test_bfloat16_prefix_gradients_do_not_lose_precision_with_the_number_of_bran
             grads.append([g[:, :, :128].double() for g in torch.autograd.grad(out, (k, v), grad)])
         low, high = grads
         errors[branches] = max(float((a - b).norm() / b.norm()) for a, b in zip(low, high, strict=True))
-    assert errors[64] < 1.2 * errors[8]
+    assert errors[128] < 1.1 * errors[8]
     assert errors[8] < 1e-2
 
 

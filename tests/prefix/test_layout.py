@@ -66,5 +66,6 @@ def test_a_batch_of_groups_makes_few_calls():
     prompts = random.integers(0, 99, (4, 300))
     tree = PrefixTree.from_groups(prompts, random.integers(0, 99, (4, 16, 50)))
     blocks = Layout.of(tree).blocks()
-    # four prompts' squares, four rectangles, and all 64 responses of one length in one call
-    assert len(blocks) == 9
+    # four prompts' squares, four rectangles, and each prompt's 16 responses in one call where they lie
+    assert len(blocks) == 12
+    assert all(isinstance(block.query, slice) for block in blocks)

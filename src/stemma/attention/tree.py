@@ -17,6 +17,7 @@ Low-precision answers are merged, and gradients of several blocks added, in floa
 number of branches.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -238,6 +239,18 @@ def _blocks_forward(
     return output, log_sum_exp
 
 
+_ROUNDED_QUERIES = 1024
+"""Queries whose gradients to a key the CPU kernel may add up in half precision; sums over more are taken in float32."""
+
+
+def _cut(block: Block) -> list[Block]:
+    """A rectangle in runs of queries, each of which adds its key gradients in float32; squares as they are."""
+    if block.causal or not isinstance(block.query, slice):
+        return [block]
+    begins = range(block.query.start, block.query.stop, _ROUNDED_QUERIES)
+    return [replace(block, query=slice(b, min(b + _ROUNDED_QUERIES, block.query.stop))) for b in begins]
+
+
 def _blocks_backward(
     grad_output: Tensor,
     query: Tensor,
@@ -255,7 +268,10 @@ def _blocks_backward(
         torch.zeros(1, x.shape[2], x.shape[1], x.shape[3], dtype=wide, device=x.device).transpose(1, 2)
         for x in (query, key, value)
     )
-    for block in layout.blocks(window, query.device):
+    blocks = layout.blocks(window, query.device)
+    if query.device.type == "cpu" and query.dtype != wide:
+        blocks = [part for block in blocks for part in _cut(block)]
+    for block in blocks:
         grad = _pick(grad_output, block.query, block.count)
         if block.valid is not None:  # rows that only fill up carry no gradient
             grad = grad * block.valid[:, None, :, None]

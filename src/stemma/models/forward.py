@@ -362,8 +362,9 @@ def plain_forward(
     position, token = np.concatenate(positions), np.concatenate(tokens)
     head = _Head(inner, torch.from_numpy(position))
     extra: dict[str, Any] = {"output_router_logits": True} if settings.aux_loss else {}
-    # A batch without padding needs no mask, which lets fused attention take its causal path.
-    attention_mask = torch.from_numpy(mask).to(device) if mask.min() == 0 or settings.aux_loss else None
+    # Padding on the right is never seen by the tokens before it, so only the router's statistics need the mask; without
+    # one, fused attention takes its causal path.
+    attention_mask = torch.from_numpy(mask).to(device) if settings.aux_loss else None
     with head.capture():
         output = model(
             input_ids=torch.from_numpy(ids).to(device), attention_mask=attention_mask, use_cache=False, **extra

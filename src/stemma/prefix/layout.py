@@ -32,11 +32,10 @@ from stemma.prefix.tree import PrefixTree
 __all__ = ["Block", "Layout"]
 
 Rows = slice | torch.Tensor
-"""Rows of a packed tensor: a slice (no copy), or an int64 index ``(rows,)``, or ``(blocks, rows)`` for several "
-"squares."""
+"""Rows of a packed tensor: a slice (no copy), or an int64 index ``(rows,)``, or ``(blocks, rows)`` for several."""
 
-_BATCHED_LENGTH = 256
-"""Squares up to this long are batched by similar length: below it a kernel call costs more than a copy."""
+_BATCHED_TOKENS = 32
+"""Squares with fewer tokens than this are gathered into batches; above it a kernel call costs less than the copy."""
 
 
 @dataclass(frozen=True)
@@ -146,17 +145,22 @@ class Layout:
 
     def _full_blocks(self) -> list[Block]:
         shift = self.context
-        lengths = self.node_end - self.node_start
+        starts, ends = self.node_start, self.node_end
+        lengths = ends - starts
         blocks: list[Block] = []
-        short = np.flatnonzero(lengths <= _BATCHED_LENGTH)
-        batched = _buckets(short[np.argsort(lengths[short], kind="stable")], lengths)
-        for nodes in batched:
+        short = [np.zeros(0, dtype=np.int64)]
+        cuts = np.flatnonzero((lengths[1:] != lengths[:-1]) | (starts[1:] != ends[:-1])) + 1
+        for run in np.split(np.arange(lengths.size), cuts):  # equally long nodes, one behind the other
+            if run.size * lengths[run[0]] <= _BATCHED_TOKENS:
+                short.append(run)
+            else:
+                blocks.append(_square(int(starts[run[0]]), int(ends[run[-1]]), shift, int(run.size)))
+        lone = np.concatenate(short)
+        for nodes in _buckets(lone[np.argsort(lengths[lone], kind="stable")], lengths):
             if nodes.size > 1:
-                blocks.append(_batched_square(self.node_start[nodes], lengths[nodes], shift))
-        alone = [int(node) for nodes in batched if nodes.size == 1 for node in nodes]
-        for node in sorted(alone + np.flatnonzero(lengths > _BATCHED_LENGTH).tolist()):
-            own = slice(int(self.node_start[node]), int(self.node_end[node]))
-            blocks.append(Block(own, _shifted(own, shift), causal=True, first=True))
+                blocks.append(_batched_square(starts[nodes], lengths[nodes], shift))
+            else:
+                blocks.append(_square(int(starts[nodes[0]]), int(ends[nodes[0]]), shift))
         for node in np.flatnonzero(self.node_subtree_end > self.node_end).tolist():
             below = slice(int(self.node_end[node]), int(self.node_subtree_end[node]))
             own = slice(int(self.node_start[node]) + shift, int(self.node_end[node]) + shift)
@@ -236,12 +240,15 @@ def _buckets(nodes: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
     return buckets
 
 
+def _square(begin: int, end: int, shift: int, count: int = 1) -> Block:
+    """Causal squares of ``count`` equally long nodes that fill ``[begin, end)``."""
+    own = slice(begin, end)
+    return Block(own, _shifted(own, shift), causal=True, first=True, count=count)
+
+
 def _batched_square(starts: np.ndarray, lengths: np.ndarray, shift: int) -> Block:
-    longest, count = int(lengths.max()), int(starts.size)
+    longest = int(lengths.max())
     equal = bool((lengths == longest).all())
-    if equal and (np.diff(starts) == longest).all():
-        rows = slice(int(starts[0]), int(starts[0]) + count * longest)
-        return Block(rows, _shifted(rows, shift), causal=True, first=True, count=count)
     offset = np.arange(longest)[None, :]
     index = starts[:, None] + np.minimum(offset, lengths[:, None] - 1)
     valid = None if equal else torch.from_numpy(offset < lengths[:, None])

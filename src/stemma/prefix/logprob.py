@@ -18,6 +18,9 @@ __all__ = ["CHUNK_ELEMENTS", "chunked_logprobs", "reference_logprobs"]
 CHUNK_ELEMENTS = 1 << 25
 """Logits that exist at once: 128 MiB in float32."""
 
+_CACHED_ELEMENTS = 1 << 19
+"""Logits whose softmax is taken at once on a CPU: 2 MiB in float32, so that temporaries stay in the cache."""
+
 
 def reference_logprobs(
     logits: Tensor, edge_position: Tensor, edge_token: Tensor, temperature: float = 1.0
@@ -90,10 +93,14 @@ class _EdgeScores(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, position: Tensor, token: Tensor, entropy: bool) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(logits.dtype, torch.float32)
-        scores = logits.to(wide)
-        total = torch.logsumexp(scores, dim=-1)
-        logprobs = scores[position, token] - total[position]
-        mean = (torch.exp(scores - total[:, None]) * scores).sum(dim=-1) if entropy else total.new_zeros(0)
+        total = torch.empty(logits.shape[0], dtype=wide, device=logits.device)
+        mean = torch.empty_like(total) if entropy else total.new_zeros(0)
+        for rows in _slices(logits):
+            scores = logits[rows].to(wide)
+            total[rows] = torch.logsumexp(scores, dim=-1)
+            if entropy:
+                mean[rows] = (torch.exp(scores - total[rows, None]) * scores).sum(dim=-1)
+        logprobs = logits[position, token].to(wide) - total[position]
         entropies = (total - mean)[position] if entropy else total.new_zeros(0)
         ctx.save_for_backward(logits, total, mean, position, token)
         ctx.entropy = entropy
@@ -103,14 +110,22 @@ class _EdgeScores(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor, grad_entropies: Tensor) -> tuple[Tensor | None, ...]:
         logits, total, mean, position, token = ctx.saved_tensors
-        scores = logits.to(total.dtype)
-        probabilities = torch.exp(scores - total[:, None])
         weight = torch.zeros_like(total).index_add_(0, position, grad_logprobs)
-        if ctx.entropy:
-            # d H / d z_v = -p_v (z_v - mean), with mean = sum_v p_v z_v
-            slope = torch.zeros_like(total).index_add_(0, position, grad_entropies)
-            grad = probabilities * ((mean[:, None] - scores) * slope[:, None] - weight[:, None])
-        else:
-            grad = probabilities.mul_(-weight[:, None])
+        slope = torch.zeros_like(total).index_add_(0, position, grad_entropies) if ctx.entropy else total
+        grad = torch.empty(logits.shape, dtype=total.dtype, device=logits.device)
+        for rows in _slices(logits):
+            part = torch.sub(logits[rows], total[rows, None], out=grad[rows]).exp_()
+            if ctx.entropy:
+                # d H / d z_v = -p_v (z_v - mean), with mean = sum_v p_v z_v
+                part.mul_((mean[rows, None] - logits[rows]) * slope[rows, None] - weight[rows, None])
+            else:
+                part.mul_(-weight[rows, None])
         grad.index_put_((position, token), grad_logprobs, accumulate=True)
         return grad.to(logits.dtype), None, None, None
+
+
+def _slices(logits: Tensor) -> list[slice]:
+    """Rows that are worked on together: on a CPU few enough to stay in its cache, else all."""
+    count = logits.shape[0]
+    rows = max(1, _CACHED_ELEMENTS // logits.shape[1]) if logits.device.type == "cpu" else max(1, count)
+    return [slice(begin, min(begin + rows, count)) for begin in range(0, count, rows)]
