@@ -220,7 +220,7 @@ def attention_saved_bytes(method: str, workload: Workload) -> int:
             from stemma.attention import tree_attention
             from stemma.prefix.layout import Layout
 
-            tree = PrefixTree.from_groups(workload.prompts, workload.responses)
+            tree = PrefixTree.from_groups(workload.prompts, workload.responses, min_shared=1)
             output = tree_attention(query, key, value, Layout.of(tree)).transpose(1, 2)
         output_weight(output.reshape(rows, tokens, -1)).sum()
     return counter.total

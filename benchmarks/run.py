@@ -61,7 +61,12 @@ def main() -> bool:
     scale, blocks = (8, 1) if arguments.quick else (1, arguments.blocks)
     recorder, start = Recorder(arguments.threads), time.perf_counter()
 
+    output = arguments.output or (None if arguments.quick else RESULTS)
+
     def report(section: str) -> None:
+        """Say what comes next, and keep what is there: an interrupted run loses one section."""
+        if output is not None:
+            recorder.save(output)
         print(f"[{time.perf_counter() - start:4.0f} s] {section}", flush=True)
 
     timed = [workloads.make(name, scale) for name in chosen if name in TIMED]
@@ -96,9 +101,7 @@ def main() -> bool:
         recorder.add("memory", workload=name, method=method, metric="peak_bytes", unit="B", value=peak, shapes=shapes)
     report("done")
 
-    output = arguments.output or (None if arguments.quick else RESULTS)
     if output is not None:
-        recorder.save(output)
         print(f"rows written to {output}; python benchmarks/tables.py makes the tables")
     return output == RESULTS
 
