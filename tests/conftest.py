@@ -1,6 +1,7 @@
 """What every test relies on: no hub, no GPU by accident, one thread per worker, a repeatable start."""
 
 import os
+import signal
 
 # Before transformers is imported: tests build their models and tokenizers in code and never ask a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -11,6 +12,10 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+# A test run started in the background inherits an ignored Ctrl-C; tests of interruption, here and in their child
+# processes, need the ordinary one.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Timing limits mean nothing on a shared machine. The same examples every time, so that a failure is found again.
 settings.register_profile(
