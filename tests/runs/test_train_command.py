@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stemma.cli.main import main
 from stemma.data import diallock
+from stemma.errors import InvalidDataError
 from stemma.models.tiny import tiny_model, train_tokenizer
 from stemma.train.checkpoint import latest
 from stemma.train.tracking import Tracker, read_rows
@@ -253,3 +254,15 @@ def test_a_data_file_that_cannot_be_used_is_named_with_its_line(
         status, shown = refused(capsys, "--output-dir", str(tmp_path / message[:6]), *flags)
         assert status == 1
         assert message in shown
+
+
+def test_a_run_refused_before_it_began_can_be_started_again(tmp_path: Path) -> None:
+    """A bad dataset line is refused; with the file mended, the same command does not stumble over its own folder."""
+    from stemma.cli.train import Config, _open_folder
+
+    config = Config(output_dir=tmp_path / "run")
+    _open_folder(config)
+    _open_folder(config)
+    (config.output_dir / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(InvalidDataError, match="exists already"):
+        _open_folder(config)

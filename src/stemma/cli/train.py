@@ -170,7 +170,8 @@ def _open_folder(config: Config) -> None:
 
     folder, stored_path = config.output_dir, config.output_dir / _STORED
     if not config.resume:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        # A run that was refused before it began left its settings and nothing else: nothing is lost by starting anew.
+        if folder.exists() and (not folder.is_dir() or any(item.name != _STORED for item in folder.iterdir())):
             raise InvalidDataError(
                 f"the run folder '{folder}' exists already; continue it with --resume, or choose another --output-dir"
             )
