@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import stemma
-from decoders import cached, grads_of, keep_double, random_tree, weights_of
+from decoders import cached, decoder, grads_of, keep_double, random_tree, weights_of
 from stemma.models.streaming import partition
 from trees import trees
 
@@ -161,3 +161,15 @@ def test_streaming_saves_memory_independent_of_the_number_of_branches():
             stemma.backward(model, tree, lambda s: s.logprobs.sum(), max_tokens=64, mode="shared")
         peaks[branches] = ledger.peak
     assert peaks[64] <= 1.1 * peaks[8]
+
+
+def test_streamed_scores_replay_under_the_callers_autocast():
+    model, tree, dtypes = decoder(dtype=torch.float32), random_tree(), []
+    layer = model.model.layers[0].mlp.down_proj
+    layer.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = stemma.score(model, tree, mode="shared", max_tokens=13)
+    forwards = len(dtypes)
+    scores.logprobs.sum().backward()
+    assert len(dtypes) == 2 * forwards
+    assert set(dtypes) == {torch.bfloat16}

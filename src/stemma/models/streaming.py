@@ -249,6 +249,8 @@ def streamed_scores(model: nn.Module, tree: PrefixTree, settings: ForwardSetting
     if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters()):
         # Autograd runs the replay only for a result that depends on something with a gradient.
         anchor = torch.zeros((), device=logprobs.device, requires_grad=True)
+        device = logprobs.device.type
+        dtype, autocast = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
 
         def replay(grad_logprobs: Tensor, grad_entropies: Tensor | None) -> None:
             def consume(_: Part, path: list[_Result]) -> None:
@@ -257,7 +259,8 @@ def streamed_scores(model: nn.Module, tree: PrefixTree, settings: ForwardSetting
                 if result.entropies is not None and grad_entropies is not None:
                     result.entropies.grad = grad_entropies[result.edges]
 
-            with torch.enable_grad():
+            # The backward runs outside the caller's autocast; the second forward must be the first one again.
+            with torch.enable_grad(), torch.autocast(device, dtype=dtype, enabled=autocast):
                 _walk(model, tree, edges, settings, parts, consume, {}, [])
 
         logprobs, replayed = _Replay.apply(anchor, logprobs, entropies, replay)
