@@ -5,7 +5,10 @@ from typing import Any, Literal, get_args, get_type_hints
 
 LossType = Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo"]
 ScaleRewards = Literal["group", "batch", "none"]
+CreditName = Literal["grpo", "rloo"]
 ImportanceSamplingLevel = Literal["token", "sequence"]
+ImportanceSamplingMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+KLEstimator = Literal["k1", "k2", "k3"]
 SchedulerType = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 
 
@@ -53,6 +56,8 @@ class Config:
     loss_type: LossType = "dapo"
     """Denominator of the loss: grpo (tokens of the sequence), dr_grpo (max_completion_length), dapo and cispo (tokens
     of the optimiser batch), bnpo (tokens of the micro-batch). cispo also clips the weight instead of the objective."""
+    credit: CreditName = "grpo"
+    """Baseline of the advantages: the group's mean reward (grpo), or that of the others, not scaled (rloo)."""
     scale_rewards: ScaleRewards = "group"
     """Divide advantages by the standard deviation of the group, of the batch, or not at all (Dr. GRPO)."""
     epsilon: float = 0.2
@@ -66,14 +71,33 @@ class Config:
     """One ratio per token (GRPO) or per sequence (GSPO)."""
     beta: float = 0.0
     """Weight of the KL divergence from the reference model, >= 0; 0 loads none. DeepSeek-R1: 0.001."""
+    kl_estimator: KLEstimator = "k3"
+    """Estimate of the KL divergence from d = log reference - log policy: -d (k1), d^2 / 2 (k2), exp(d) - d - 1 (k3)."""
     use_bias_correction_kl: bool = True
-    """Multiply the KL estimate by the ratio, which makes its gradient the right one (DeepSeek-V3.2)."""
+    """Multiply the KL estimate by the ratio (k2: by its value), which makes its gradient the right one (DeepSeek-V3.2).
+    Needed by k1, whose own gradient has expectation zero."""
     entropy_coef: float = 0.0
     """Weight of a bonus on the mean entropy of the tokens, in nats; 0: none."""
     router_aux_loss_coef: float | None = None
     """Weight of a mixture-of-experts model's balancing loss; None: the one of the model's config."""
     mask_truncated_completions: bool = False
     """Leave completions that were cut off out of the loss (DAPO)."""
+    soft_punish_cache: int = 0
+    """Tokens before max_completion_length over which a penalty falls from 0 to -1, added to the reward; 0: no penalty.
+    DAPO: 4096 of 20480."""
+
+    dynamic_sampling: bool = False
+    """Drop groups whose rewards are all equal and sample further prompts until the batch is full (DAPO)."""
+    max_generation_batches: int = 10
+    """Rounds of sampling at most for one batch of dynamic_sampling, >= 2; then dropped groups fill it up. DAPO: 10."""
+    importance_sampling_correction: bool = False
+    """Weigh tokens by trainer's / sampler's probability: for a sampler with other numerics or older weights."""
+    importance_sampling_mode: ImportanceSamplingMode = "sequence_mask"
+    """One such weight per token or per sequence; outside its bounds it is clipped (truncate) or set to 0 (mask)."""
+    importance_sampling_clip_max: float | None = 3.0
+    """Upper bound of the weight, > 0; None: none."""
+    importance_sampling_clip_min: float | None = None
+    """Lower bound of the weight, >= 0 and below importance_sampling_clip_max; None: none."""
 
     shared_prefix: bool = True
     """Encode each shared prefix once. False: the plain forward on every row, for comparison; losses are the same."""
@@ -91,7 +115,8 @@ class Config:
 
     def __post_init__(self) -> None:
         hints = get_type_hints(Config)
-        for name in ("loss_type", "scale_rewards", "importance_sampling_level", "lr_scheduler_type"):
+        names = ("loss_type", "credit", "scale_rewards", "importance_sampling_level", "lr_scheduler_type")
+        for name in (*names, "kl_estimator", "importance_sampling_mode"):
             allowed = get_args(hints[name])
             self._require(name, getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
         for name in ("max_steps", "max_completion_length", "gradient_accumulation_steps", "num_iterations"):
@@ -133,6 +158,38 @@ class Config:
                 "delta", self.delta is None or self.delta > 1 + high, f"above 1 + epsilon_high = {1 + high}, or None"
             )
         self._require("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1, or None")
+        self._require(
+            "scale_rewards",
+            self.credit != "rloo" or self.scale_rewards != "batch",
+            "none for credit=rloo, which does not divide (the default, group, is ignored)",
+        )
+        self._require(
+            "kl_estimator",
+            self.kl_estimator != "k1" or self.use_bias_correction_kl,
+            "k2 or k3 for use_bias_correction_kl=False: the gradient of k1 alone has expectation zero",
+        )
+        self._require(
+            "soft_punish_cache",
+            0 <= self.soft_punish_cache <= self.max_completion_length,
+            f"in [0, max_completion_length={self.max_completion_length}]",
+        )
+        self._require("max_generation_batches", self.max_generation_batches >= 2, "at least 2: one draws nothing anew")
+        self._check_importance_sampling_bounds()
+
+    def _check_importance_sampling_bounds(self) -> None:
+        low, high = self.importance_sampling_clip_min, self.importance_sampling_clip_max
+        self._require("importance_sampling_clip_max", high is None or high > 0, "above 0, or None")
+        self._require("importance_sampling_clip_min", low is None or low >= 0, "at least 0, or None")
+        self._require(
+            "importance_sampling_clip_min",
+            low is None or high is None or low < high,
+            f"below importance_sampling_clip_max={high}",
+        )
+        self._require(
+            "importance_sampling_mode",
+            low is not None or high is not None or self.importance_sampling_mode.endswith("_mask"),
+            "token_mask or sequence_mask without importance_sampling_clip_max and importance_sampling_clip_min",
+        )
 
     def _require(self, name: str, valid: bool, expected: str) -> None:
         if not valid:
