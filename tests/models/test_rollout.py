@@ -4,8 +4,9 @@ from torch import nn
 
 import stemma
 from stemma.errors import InvalidBatchError, UnsupportedModelError
-from stemma.models import rollout
-from stemma.models.rollout import generate_groups
+from stemma.models import decoding
+from stemma.models.rollout import LocalGenerator, generate_groups
+from stemma.models.sampling import TokenSampler
 from stemma.models.tiny import tiny_model
 
 VOCAB = 23
@@ -207,7 +208,7 @@ def test_gradient_checkpointing_does_not_disable_the_cache():
 
 
 def test_zero_probability_tokens_are_never_drawn():
-    sampler = rollout._Sampler(temperature=1.0, top_p=1.0, top_k=0)
+    sampler = TokenSampler()
     logits = torch.tensor([[float("-inf"), 0.0, float("-inf"), 0.0, float("-inf")]])
     nearly_one = 1 - 2**-53
     for uniform, token in [(0.0, 1), (0.4999, 1), (0.5, 3), (nearly_one, 3)]:
@@ -298,3 +299,128 @@ def test_adapters_of_peft_are_part_of_the_policy():
         logits = forward_alone(adapted, prompt + completion)[len(prompt) - 1 : -1]
         expected = logits.log_softmax(-1)[range(5), completion]
         torch.testing.assert_close(value[0], expected, rtol=0, atol=1e-5)
+
+
+FORCED = [
+    [[1, 4, 6, 8], [5, 5], [10, 11, 12, 14, 15, 16, 17, 18, 19]],
+    [[4, 4, 4], [0, 1, 4, 5, 6], [8, 8, 8, 8]],
+    [[21, 22, 1], [22, 21], [5, 6, 8, 10]],
+    [[14, 15], [15, 14, 5], [19, 18, 17, 16, 15]],
+]
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize(
+    ("model_type", "overrides"), [("llama", {}), ("gpt2", {}), ("mistral", {"sliding_window": 3}), ("bloom", {})]
+)
+def test_forced_beginnings_are_continued_as_if_they_were_prompt(model_type, overrides, ragged):
+    model = make(model_type, torch.float32 if model_type == "bloom" else torch.float64, **overrides)
+    forced = [[ids if ragged and g == 1 else ids * 2 for g, ids in enumerate(group)] for group in FORCED]
+    if ragged:
+        forced[0][1] = forced[3][0] = []
+    rollouts = generate_groups(
+        model, PROMPTS, num_generations=3, max_new_tokens=20, eos_token_id=EOS, seed=11, forced=forced
+    )
+    uniform = torch.rand(4, 3, 20, generator=torch.Generator().manual_seed(11), dtype=torch.float64)
+    for b, prompt in enumerate(PROMPTS):
+        for g, beginning in enumerate(forced[b]):
+            own = uniform[b, g, len(beginning) :].tolist()
+            sampled = sample_alone(model, prompt + beginning, own, temperature=1.0, eos=EOS)
+            completion, values = rollouts.completions[b][g], rollouts.logprobs[b][g]
+            assert completion == beginning + sampled
+            assert rollouts.finished[b][g] == (completion[-1] in EOS)
+            logits = forward_alone(model, prompt + completion)[len(prompt) - 1 : -1]
+            expected = logits.log_softmax(-1)[range(len(completion)), completion]
+            torch.testing.assert_close(values, expected, rtol=0, atol=1e-5 if model_type == "bloom" else 1e-10)
+    assert rollouts.forced_lengths == [[len(ids) for ids in group] for group in forced]
+    assert rollouts.sampled_tokens == sum(
+        len(completion) - len(ids)
+        for group, beginnings in zip(rollouts.completions, forced)
+        for completion, ids in zip(group, beginnings)
+    )
+
+
+def test_what_all_rows_begin_with_goes_through_the_model_together(monkeypatch):
+    model = make("llama")
+    fed: list[tuple[int, int]] = []
+    model.get_input_embeddings().register_forward_hook(lambda _, args, __: fed.append(tuple(args[0].shape)))
+    forced = [[[1] * 6, [1] * 9]] * 4
+    options = {"num_generations": 2, "max_new_tokens": 10, "eos_token_id": None, "forced": forced}
+    rollouts = generate_groups(model, PROMPTS, **options)
+    assert fed[1:] == [(8, 5), *[(8, 1)] * 4]
+    assert rollouts.decoded_tokens == 8 * 9
+    fed.clear()
+    monkeypatch.setattr(decoding, "_MAX_LOGITS", 2 * 8 * VOCAB)
+    pieces = generate_groups(model, PROMPTS, **options)
+    assert fed[1:4] == [(8, 2), (8, 2), (8, 1)]
+    assert pieces.completions == rollouts.completions
+    for values, expected in zip(pieces.logprobs, rollouts.logprobs):
+        torch.testing.assert_close(values, expected, rtol=0, atol=1e-12)
+
+
+def test_equal_prompts_are_encoded_once():
+    model = make("llama")
+    fed: list[tuple[int, int]] = []
+    model.get_input_embeddings().register_forward_hook(lambda _, args, __: fed.append(tuple(args[0].shape)))
+    prompts = [PROMPTS[0], PROMPTS[2], PROMPTS[0], PROMPTS[0]]
+    rollouts = generate_groups(model, prompts, num_generations=2, max_new_tokens=5, eos_token_id=EOS, seed=3)
+    assert fed[0] == (2, 7)
+    assert rollouts.prefilled_tokens == 7 + 3
+    uniform = torch.rand(4, 2, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    for b, prompt in enumerate(prompts):
+        for g in range(2):
+            expected = sample_alone(model, prompt, uniform[b, g].tolist(), temperature=1.0, eos=EOS)
+            assert rollouts.completions[b][g] == expected
+
+
+def test_a_row_continues_its_own_beginning_with_the_same_tokens():
+    model = make("llama")
+    options = {"num_generations": 4, "max_new_tokens": 12, "eos_token_id": 7, "seed": 6, "top_k": 8}
+    whole = generate_groups(model, PROMPTS, **options)
+    cut = [[ids[: len(ids) * (g + 1) // 4] for g, ids in enumerate(group)] for group in whole.completions]
+    again = generate_groups(model, PROMPTS, forced=cut, **options)
+    assert again.completions == whole.completions
+    assert again.finished == whole.finished
+    split = generate_groups(model, PROMPTS, forced=cut, max_batch_size=4, **options)
+    assert split.completions == whole.completions
+
+
+def test_an_end_of_sequence_token_ends_a_forced_beginning():
+    model = make("llama")
+    forced = [[[5, 7, 8, 9], [5, 6, 8, 10], [7]]]
+    rollouts = generate_groups(model, [PROMPTS[0]], num_generations=3, max_new_tokens=4, eos_token_id=7, forced=forced)
+    assert rollouts.completions == [[[5, 7], [5, 6, 8, 10], [7]]]
+    assert rollouts.finished == [[True, False, True]]
+    assert rollouts.forced_lengths == [[2, 4, 1]]
+    assert rollouts.sampled_tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("forced", "message"),
+    [
+        ([[[1], [2]]], "1 groups of .* 4 groups of 2"),
+        ([[[1]]] * 4, r"4 groups of \[1\]"),
+        ([[[1], [VOCAB]]] * 4, f"token id {VOCAB}"),
+        ([[[1], [-1]]] * 4, "token id -1"),
+        ([[[1] * 6, []]] * 4, "6 tokens, more than max_new_tokens=5"),
+    ],
+)
+def test_bad_beginnings_are_refused(forced, message):
+    with pytest.raises(InvalidBatchError, match=message):
+        generate_groups(make("llama"), PROMPTS, num_generations=2, max_new_tokens=5, eos_token_id=7, forced=forced)
+
+
+def test_the_local_generator_hands_every_option_on():
+    model = make("llama")
+    options = {"eos_token_id": EOS, "temperature": 0.7, "top_p": 0.8, "top_k": 5, "max_batch_size": 6}
+    call = {"num_generations": 3, "max_new_tokens": 20, "seed": 9, "forced": FORCED}
+    generator = LocalGenerator(**options)
+    assert (
+        generator(model, PROMPTS, **call).completions == generate_groups(model, PROMPTS, **options, **call).completions
+    )
+    for name, value in {"temperature": 1.9, "top_p": 0.2, "top_k": 1, "eos_token_id": None}.items():
+        changed = LocalGenerator(**(options | {name: value}))
+        assert changed(model, PROMPTS, **call).completions != generator(model, PROMPTS, **call).completions
+    for name in ("temperature", "top_k", "max_batch_size"):
+        with pytest.raises(ValueError, match=name):
+            LocalGenerator(**(options | {name: -1}))

@@ -1,0 +1,180 @@
+"""The decoding loop behind `stemma.models.rollout`: prompts encoded once, rows that leave as soon as they end."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from stemma.errors import UnsupportedModelError
+from stemma.models.sampling import StopCondition, TokenSampler, sampling_dtype
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_MAX_LOGITS = 2**26
+"""Most logits to hold at a time for the log-probabilities of forced tokens."""
+
+
+class Decoder:
+    """Decodes the rows of some groups together, one call after the other; its results are lists over all rows so far.
+
+    Attributes:
+        completions: token ids of each row.
+        logprobs: (length of the completion,) log-probabilities of its tokens, on the CPU.
+        finished: whether it ended by itself.
+        prefilled_tokens: prompt tokens that went through the model.
+    """
+
+    def __init__(self, model: PreTrainedModel, sampler: TokenSampler, stop: StopCondition, pad_token_id: int) -> None:
+        self.forward, self.sampler, self.stop, self.pad_token_id = _Forward(model), sampler, stop, pad_token_id
+        self.device = next(model.parameters()).device
+        self.completions: list[list[int]] = []
+        self.logprobs: list[Tensor] = []
+        self.finished: list[bool] = []
+        self.prefilled_tokens = 0
+
+    def __call__(self, prompts: list[list[int]], beginnings: list[list[int]], uniform_BGT: Tensor) -> None:
+        """Decode G rows of each prompt, with the forced beginning and the random numbers of each row."""
+        device, longest = self.device, max(map(len, prompts))
+        max_new_tokens = uniform_BGT.shape[2]
+        uniform_NT = uniform_BGT.flatten(0, 1).to(device)
+        forced_NT = torch.full((len(beginnings), max_new_tokens), -1, device=device)
+        for row, ids in enumerate(beginnings):
+            forced_NT[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64, device=device)
+        logits_NV, cache, lengths_N = self._prefill(prompts, uniform_BGT.shape[1], max_new_tokens)
+        mask_NL = torch.arange(longest + max_new_tokens, device=device) >= longest - lengths_N[:, None]
+        mask_NL = mask_NL.long()
+
+        tokens_NT = torch.full(forced_NT.shape, -1, device=device)
+        logprobs_NT = torch.zeros(tokens_NT.shape, dtype=sampling_dtype(logits_NV), device=device)
+        finished_N = torch.zeros(len(tokens_NT), dtype=torch.bool, device=device)
+
+        # What every row begins with goes through the model together, but for one token: that one may end a row.
+        first = max(min(map(len, beginnings)) - 1, 0)
+        tokens_NT[:, :first] = forced_NT[:, :first]
+        width = max(1, _MAX_LOGITS // logits_NV.numel())
+        for start in range(0, first, width):
+            ids_NC = forced_NT[:, start : min(start + width, first)]
+            stop = start + ids_NC.shape[1]
+            positions_NC = lengths_N[:, None] + torch.arange(start, stop, device=device)
+            logits_NCV, cache = self.forward(ids_NC, mask_NL[:, : longest + stop], positions_NC, cache, stop - start)
+            before_NCV = torch.cat([logits_NV[:, None], logits_NCV[:, :-1]], 1)
+            logprobs_NT[:, start:stop] = self.sampler.logprobs(before_NCV).gather(2, ids_NC[:, :, None]).squeeze(2)
+            logits_NV = logits_NCV[:, -1]
+
+        rows = torch.arange(len(tokens_NT), device=device)  # the rows that are still in the batch
+        for step in range(first, max_new_tokens):
+            tokens, values = self.sampler(logits_NV, uniform_NT[rows, step], forced_NT[rows, step])
+            tokens_NT[rows, step], logprobs_NT[rows, step] = tokens, values
+            ended = self.stop(tokens_NT[rows, : step + 1], forced_NT[rows, : step + 1])
+            finished_N[rows] = ended
+            alive = (~ended).nonzero().squeeze(1)
+            if step + 1 == max_new_tokens or not len(alive):
+                break
+            if len(alive) < len(rows):
+                cache.batch_select_indices(alive)
+                rows, tokens, mask_NL = rows[alive], tokens[alive], mask_NL[alive]
+            positions_N1 = (lengths_N[rows] + step)[:, None]
+            logits_N1V, cache = self.forward(tokens[:, None], mask_NL[:, : longest + step + 1], positions_N1, cache, 1)
+            logits_NV = logits_N1V[:, 0]
+
+        counts = (tokens_NT >= 0).sum(1).tolist()
+        self.completions += [row[:count] for row, count in zip(tokens_NT.tolist(), counts)]
+        self.logprobs += [row[:count].clone() for row, count in zip(logprobs_NT.cpu(), counts)]
+        self.finished += finished_N.tolist()
+
+    def _prefill(self, prompts: list[list[int]], num_generations: int, room: int) -> tuple[Tensor, Cache, Tensor]:
+        """Last logits (N, V), cache and length (N,) of the prompt of every row; equal prompts are encoded once."""
+        distinct = list(dict.fromkeys(map(tuple, prompts)))
+        self.prefilled_tokens += sum(map(len, distinct))
+        lengths_B = torch.tensor([len(prompt) for prompt in distinct], device=self.device)
+        longest = int(lengths_B.max())
+        ids_BP = torch.full((len(distinct), longest), self.pad_token_id, device=self.device)
+        for index, prompt in enumerate(distinct):
+            ids_BP[index, longest - len(prompt) :] = torch.tensor(prompt, device=self.device)
+        mask_BP = (torch.arange(longest, device=self.device) >= longest - lengths_B[:, None]).long()
+        logits_B1V, cache = self.forward(ids_BP, mask_BP, (mask_BP.cumsum(1) - 1).clamp(min=0), None, 1)
+
+        number = {prompt: index for index, prompt in enumerate(distinct)}
+        source_B = torch.tensor([number[tuple(prompt)] for prompt in prompts], device=self.device)
+        source_N = source_B.repeat_interleave(num_generations)
+        _spread(cache, source_N, room)
+        return logits_B1V[source_N, 0], cache, lengths_B[source_N]
+
+
+class _Forward:
+    """One step of the model: the logits (N, keep, V) of the last positions and the grown cache."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.accepted = inspect.signature(base.forward).parameters
+
+    def __call__(
+        self, ids_NL: Tensor, mask_NL: Tensor, positions_NL: Tensor, cache: Cache | None, keep: int
+    ) -> tuple[Tensor, Cache]:
+        # Not every type takes positions (some derive them from the mask) or can skip the logits of a prompt.
+        optional = {"position_ids": positions_NL, "logits_to_keep": keep}
+        output = self.model(
+            input_ids=ids_NL,
+            attention_mask=mask_NL,
+            past_key_values=cache,
+            use_cache=True,
+            **{name: value for name, value in optional.items() if name in self.accepted},
+        )
+        cache = getattr(output, "past_key_values", None)
+        if not isinstance(cache, Cache):
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} returned a cache of type {type(cache).__name__}, which cannot be "
+                "repeated for the samples of a prompt; use a model that fills a transformers cache"
+            )
+        return output.logits[:, -keep:], cache
+
+
+class _RoomyLayer(DynamicLayer):
+    """Keys and values (N, K, L, D) of one layer with room for what is still to come.
+
+    A `DynamicLayer` copies everything it holds for every new token, which costs more than the model itself where
+    prompts are long; this one writes the new token behind the others.
+    """
+
+    def __init__(self, layer: DynamicLayer, source_N: Tensor, room: int) -> None:
+        super().__init__()
+        self.lazy_initialization(layer.keys, layer.values)
+        self.length = layer.get_seq_length()
+        self.key_room, self.value_room = (
+            torch.nn.functional.pad(states, (0, 0, 0, room))[source_N] for states in (layer.keys, layer.values)
+        )
+        self._show()
+
+    def _show(self) -> None:
+        self.keys, self.values = self.key_room[:, :, : self.length], self.value_room[:, :, : self.length]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        start, self.length = self.length, self.length + key_states.shape[2]
+        self.key_room[:, :, start : self.length] = key_states
+        self.value_room[:, :, start : self.length] = value_states
+        self._show()
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.key_room, self.value_room = self.key_room[indices], self.value_room[indices]
+        self._show()
+
+
+def _spread(cache: Cache, source_N: Tensor, room: int) -> None:
+    """Give every row the states of its prompt, with room for so many more tokens where the layer keeps them all."""
+    for index, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer and layer.is_initialized:
+            cache.layers[index] = _RoomyLayer(layer, source_N, room)
+        elif isinstance(layer, DynamicLayer):  # such as a sliding window, which bounds its own size
+            layer.batch_select_indices(source_N)
+        else:
+            raise UnsupportedModelError(
+                f"layer {index} keeps a {type(layer).__name__}, which cannot be repeated for the samples of a prompt; "
+                "use a model whose layers all cache keys and values"
+            )
