@@ -2,9 +2,11 @@
 
 Shapes: ``N`` sequences (rows), ``T`` padded completion length. A mask is boolean, true where a completion token counts.
 Formulas and option names follow TRL 1.16's ``GRPOTrainer`` (GRPO, arXiv 2402.03300; Dr. GRPO, arXiv 2503.20783; DAPO,
-arXiv 2503.14476; GSPO, arXiv 2507.18071; CISPO, arXiv 2506.13585; RLOO, arXiv 2402.14740). One thing is changed: the
+arXiv 2503.14476; GSPO, arXiv 2507.18071; CISPO, arXiv 2506.13585; RLOO, arXiv 2402.14740). Two things are changed: the
 denominator of the loss is part of a weight per token that `token_weights` computes **once for the whole optimiser batch
-over all ranks**, so that neither accumulation nor the number of ranks can change the loss. Any floating dtype works.
+over all ranks**, so that neither accumulation nor the number of ranks can change the loss; and a ratio per sequence
+leaves an advantage per token where it is (GSPO-token, eq. 15), while TRL averages it over the row. Any floating dtype
+works.
 """
 
 from collections.abc import Sequence
@@ -14,7 +16,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from stemma.rl._config import ImportanceSamplingLevel, LossType, ScaleRewards
+from stemma.rl._config import ImportanceSamplingLevel, ImportanceSamplingMode, KLEstimator, LossType, ScaleRewards
 
 STD_EPSILON = 1e-4  # added to a standard deviation of rewards before dividing, as TRL does
 
@@ -35,18 +37,32 @@ def group_relative(
     Returns:
         (N,) advantages in the dtype of `rewards`. A group with equal rewards, or with one reward, gets exactly 0.
     """
+    scale = reward_scale(rewards, group_id, scale_rewards=scale_rewards, all_rewards=all_rewards)
+    return _deviation(rewards, group_id)[0] / scale
+
+
+def reward_scale(
+    rewards: Tensor, group_id: Tensor, *, scale_rewards: ScaleRewards = "group", all_rewards: Tensor | None = None
+) -> Tensor:
+    """(N,) what `group_relative` divides by: a standard deviation + 1e-4, or 1; same arguments."""
     if scale_rewards not in get_args(ScaleRewards):
         raise ValueError(f"scale_rewards must be one of {get_args(ScaleRewards)}, got {scale_rewards!r}")
+    if scale_rewards == "none":
+        return torch.ones_like(rewards)
+    if scale_rewards == "batch":
+        std = _unbiased_std(rewards if all_rewards is None else all_rewards)
+        return (std + STD_EPSILON).expand_as(rewards)
+    deviation, group, count = _deviation(rewards, group_id)
+    variance = torch.zeros_like(count).index_add_(0, group, deviation**2) / (count - 1).clamp(min=1)
+    return variance.sqrt()[group] + STD_EPSILON
+
+
+def _deviation(rewards: Tensor, group_id: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(N,) reward minus the mean of its group, (N,) dense group index, (groups,) number of scored rewards."""
     scored, group, count, total = _group_sums(rewards, group_id)
     deviation = torch.where(scored, rewards - (total / count.clamp(min=1))[group], 0.0)
     # Rounding of the mean must not make an advantage out of equal rewards.
-    deviation = torch.where(_equal_rewards(rewards, group, len(count))[group], 0.0, deviation)
-    if scale_rewards == "none":
-        return deviation
-    if scale_rewards == "batch":
-        return deviation / (_unbiased_std(rewards if all_rewards is None else all_rewards) + STD_EPSILON)
-    variance = torch.zeros_like(count).index_add_(0, group, deviation**2) / (count - 1).clamp(min=1)
-    return deviation / (variance.sqrt()[group] + STD_EPSILON)
+    return torch.where(_equal_rewards(rewards, group, len(count))[group], 0.0, deviation), group, count
 
 
 def leave_one_out(rewards: Tensor, group_id: Tensor) -> Tensor:
@@ -65,10 +81,15 @@ def leave_one_out(rewards: Tensor, group_id: Tensor) -> Tensor:
     return torch.where(scored & ~single, rewards - others, 0.0)
 
 
-def zero_std_fraction(rewards: Tensor, group_id: Tensor) -> Tensor:
-    """Share of groups whose scorable rewards are all equal, so that they give no gradient. Scalar."""
+def equal_reward_groups(rewards: Tensor, group_id: Tensor) -> Tensor:
+    """(groups,) bool, in ascending order of `group_id`: the scorable rewards are all equal, so they give no gradient."""
     _, group, count, _ = _group_sums(rewards, group_id)
-    return _equal_rewards(rewards, group, len(count)).to(rewards.dtype).mean()
+    return _equal_rewards(rewards, group, len(count))
+
+
+def zero_std_fraction(rewards: Tensor, group_id: Tensor) -> Tensor:
+    """Share of groups whose scorable rewards are all equal. Scalar."""
+    return equal_reward_groups(rewards, group_id).to(rewards.dtype).mean()
 
 
 def _group_sums(rewards: Tensor, group_id: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -104,7 +125,13 @@ def _unbiased_std(rewards: Tensor) -> Tensor:
 
 
 def token_weights(
-    mask: Tensor, loss_type: LossType, *, num_sequences: int, num_tokens: int, max_completion_length: int
+    mask: Tensor,
+    loss_type: LossType,
+    *,
+    num_sequences: int,
+    num_tokens: int,
+    max_completion_length: int,
+    counted: Tensor | None = None,
 ) -> Tensor:
     """The weight of every token in the loss, denominators included: ``loss = sum(token_loss * weights)``.
 
@@ -120,15 +147,17 @@ def token_weights(
         mask: (N, T) bool, the tokens that count, of any part of the optimiser batch.
         loss_type: see the table.
         num_sequences: sequences of the whole optimiser batch, all ranks.
-        num_tokens: true entries of the mask of the whole optimiser batch, all ranks.
+        num_tokens: tokens that count in the denominator, of the whole optimiser batch, all ranks.
         max_completion_length: the constant of dr_grpo, in tokens.
+        counted: (N, T) bool, tokens of a row that grpo's denominator counts; `mask` when None.
 
     Returns:
         (N, T) float64 weights, 0 where the mask is false.
     """
     weights = mask.to(torch.float64)
     if loss_type == "grpo":
-        return weights / (weights.sum(-1, keepdim=True).clamp(min=1) * max(num_sequences, 1))
+        tokens = (mask if counted is None else counted).sum(-1, keepdim=True).clamp(min=1)
+        return weights / (tokens * max(num_sequences, 1))
     if loss_type == "dr_grpo":
         return weights / (max(num_sequences, 1) * max_completion_length)
     if loss_type in ("dapo", "cispo", "bnpo"):
@@ -150,6 +179,78 @@ class TokenLoss:
     """Bool: ratio above ``1 + epsilon_high`` (cispo: above ``epsilon_high``) with a positive advantage."""
 
 
+def kl_estimate(
+    logprobs: Tensor, ref_logprobs: Tensor, *, estimator: KLEstimator = "k3", ratio: Tensor | None = None
+) -> Tensor:
+    """Estimate per token of the KL divergence ``KL(policy || reference)`` from tokens of the policy that sampled.
+
+    With ``d = ref_logprobs - logprobs``: k1 ``-d``, k2 ``d^2 / 2``, k3 ``exp(d) - d - 1`` (Schulman 2020, "Approximating
+    KL divergence"). What a loss needs is the right gradient, ``E[-d * grad logprobs]`` over the policy:
+
+    ==== ===================================================== ===================================================
+         alone, on policy                                      times ``ratio = policy / policy that sampled``
+    ==== ===================================================== ===================================================
+    k1   ``E[grad logprobs]``, which is zero                   right: ``E_old[ratio * k1]`` is the divergence itself
+    k2   right: the derivative of d^2 / 2 is -d grad logprobs  right off policy too, if the ratio is a constant; its
+                                                               own gradient would add ``E[k2 * grad logprobs]``
+    k3   that of KL(reference || policy)                       right: ``E_old[ratio * k3]`` is the divergence itself
+    ==== ===================================================== ===================================================
+
+    Args:
+        logprobs: (N, T) under the policy, differentiable.
+        ref_logprobs: (N, T) under the reference, constant.
+        ratio: (N, T) or (N, 1), differentiable; k2 takes its value only. None: not multiplied (DeepSeek-V3.2, arXiv
+            2512.02556, introduced the factor for k3).
+    """
+    difference = ref_logprobs - logprobs
+    if estimator == "k1":
+        value = -difference
+    elif estimator == "k2":
+        value = difference**2 / 2
+    elif estimator == "k3":
+        value = difference.exp() - difference - 1
+    else:
+        raise ValueError(f"kl_estimator must be one of {get_args(KLEstimator)}, got {estimator!r}")
+    if ratio is None:
+        return value
+    return value * (ratio.detach() if estimator == "k2" else ratio)
+
+
+@torch.no_grad()
+def importance_weights(
+    logprobs: Tensor,
+    sampling_logprobs: Tensor,
+    mask: Tensor,
+    *,
+    mode: ImportanceSamplingMode = "sequence_mask",
+    clip_max: float | None = 3.0,
+    clip_min: float | None = None,
+) -> Tensor:
+    """Constant weights ``exp(logprobs - sampling_logprobs)`` against a sampler that differs from the trainer's policy.
+
+    Per token, or per sequence the product over its tokens; "truncate" clips a weight to [clip_min, clip_max] (TIS),
+    "mask" sets it to 0 outside (MIS, IcePop).
+
+    Args:
+        logprobs: (N, T) under the trainer's policy at the time of sampling.
+        sampling_logprobs: (N, T) as the sampler saw them; NaN where it did not say.
+        mask: (N, T) bool, sampled tokens. All others, forced ones for example, and those with NaN have the ratio 1.
+
+    Returns:
+        (N, T), or (N, 1) for the sequence modes.
+    """
+    if mode not in get_args(ImportanceSamplingMode):
+        raise ValueError(f"importance_sampling_mode must be one of {get_args(ImportanceSamplingMode)}, got {mode!r}")
+    log_ratio = torch.where(mask & ~sampling_logprobs.isnan(), logprobs - sampling_logprobs, 0.0)
+    if mode.startswith("sequence"):
+        log_ratio = log_ratio.sum(-1, keepdim=True)
+    ratio = log_ratio.exp()
+    low, high = 0.0 if clip_min is None else clip_min, torch.inf if clip_max is None else clip_max
+    if mode.endswith("truncate"):
+        return ratio.clamp(low, high)
+    return ratio.masked_fill((ratio < low) | (ratio > high), 0.0)
+
+
 def token_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,
@@ -163,42 +264,40 @@ def token_loss(
     importance_sampling_level: ImportanceSamplingLevel = "token",
     ref_logprobs: Tensor | None = None,
     beta: float = 0.0,
+    kl_estimator: KLEstimator = "k3",
     use_bias_correction_kl: bool = True,
+    sampling_weights: Tensor | None = None,
 ) -> TokenLoss:
     """Clipped policy-gradient loss of every token.
 
     With ``ratio = exp(logprobs - old_logprobs)`` per token, or the exponential of its masked mean per sequence (GSPO):
-    ``loss = -min(min(ratio, delta) A, clip(ratio, 1 - epsilon, 1 + epsilon_high) A) + beta * kl``; for "cispo"
-    ``loss = -min(ratio, epsilon_high).detach() A logprobs + beta * kl``. The KL term is the k3 estimate
-    ``exp(d) - d - 1`` with ``d = ref_logprobs - logprobs``, multiplied by the ratio when `use_bias_correction_kl`
-    (DeepSeek-V3.2, arXiv 2512.02556), because k3 alone has the wrong gradient.
+    ``loss = -w min(min(ratio, delta) A, clip(ratio, 1 - epsilon, 1 + epsilon_high) A) + beta * kl``; for "cispo"
+    ``loss = -w min(ratio, epsilon_high).detach() A logprobs + beta * kl``. `delta` is the bound that dual clip puts on
+    the ratio where A < 0 (c = 3 in arXiv 1912.09729); where A > 0 it lies above the clip and changes nothing.
 
     Args:
         logprobs: (N, T) log-probabilities under the policy, differentiable.
         old_logprobs: (N, T) log-probabilities under the policy that sampled, constant.
-        advantages: (N,) or (N, T).
+        advantages: (N,) or (N, T). With a ratio per sequence, (N, T) makes it GSPO-token: every token has the value of
+            the sequence's ratio and the gradient of its own log-probability.
         mask: (N, T) bool, the tokens that count (needed for the sequence mean).
         epsilon_high: `epsilon` when None; "cispo" requires it.
         delta: upper bound of the ratio, also for negative advantages; None for none.
         ref_logprobs: (N, T), required when beta > 0.
+        kl_estimator, use_bias_correction_kl: see `kl_estimate`; the correction passes it the ratio.
+        sampling_weights: (N, T) or (N, 1) weights w of the policy term, not of the KL term; None: 1.
     """
-    if advantages.ndim == 1:
-        advantages = advantages[:, None]
     log_ratio = logprobs - old_logprobs
     if importance_sampling_level == "sequence":
         count = mask.sum(-1, keepdim=True).clamp(min=1)
         log_ratio = torch.where(mask, log_ratio, 0.0).sum(-1, keepdim=True) / count
+        if advantages.ndim == 2:
+            log_ratio = log_ratio.detach() + logprobs - logprobs.detach()
     elif importance_sampling_level != "token":
         raise ValueError(f"importance_sampling_level must be 'token' or 'sequence', got {importance_sampling_level!r}")
+    if advantages.ndim == 1:
+        advantages = advantages[:, None]
     ratio = log_ratio.exp()
-
-    kl = None
-    if beta != 0.0:
-        if ref_logprobs is None:
-            raise ValueError(f"beta={beta} needs ref_logprobs, got None; score the batch with the reference model")
-        difference = ref_logprobs - logprobs
-        kl = difference.exp() - difference - 1
-        kl = kl * ratio if use_bias_correction_kl else kl
 
     if loss_type == "cispo":
         if epsilon_high is None:
@@ -212,9 +311,33 @@ def token_loss(
         loss = -torch.min(bounded * advantages, ratio.clamp(low, high) * advantages)
         clipped_low = (ratio < low) & (advantages < 0)
         clipped_high = (bounded > high) & (advantages > 0)
-    if kl is not None:
+    if sampling_weights is not None:
+        loss = loss * sampling_weights
+
+    kl = None
+    if beta != 0.0:
+        if ref_logprobs is None:
+            raise ValueError(f"beta={beta} needs ref_logprobs, got None; score the batch with the reference model")
+        kl = kl_estimate(
+            logprobs, ref_logprobs, estimator=kl_estimator, ratio=ratio if use_bias_correction_kl else None
+        )
         loss = loss + beta * kl
     return TokenLoss(loss, kl, clipped_low, clipped_high)
+
+
+def soft_overlong_punishment(lengths: Tensor, max_completion_length: int, soft_punish_cache: int) -> Tensor:
+    """DAPO's penalty for long completions (arXiv 2503.14476, eq. 13): 0 up to ``max_completion_length -
+    soft_punish_cache`` tokens, from there linearly to -1 at `max_completion_length`, and -1 beyond.
+
+    Args:
+        lengths: (N,) int, tokens of each completion.
+        soft_punish_cache: tokens over which the penalty falls, >= 1.
+
+    Returns:
+        (N,) float64 in [-1, 0].
+    """
+    excess = lengths - (max_completion_length - soft_punish_cache)
+    return -(excess.double() / soft_punish_cache).clamp(0.0, 1.0)
 
 
 def weighted_rewards(rewards: Sequence[Sequence[float | None]], weights: Sequence[float]) -> list[float]:
