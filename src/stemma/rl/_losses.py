@@ -5,8 +5,8 @@ Formulas and option names follow TRL 1.16's ``GRPOTrainer`` (GRPO, arXiv 2402.03
 arXiv 2503.14476; GSPO, arXiv 2507.18071; CISPO, arXiv 2506.13585; RLOO, arXiv 2402.14740). Two things are changed: the
 denominator of the loss is part of a weight per token that `token_weights` computes **once for the whole optimiser batch
 over all ranks**, so that neither accumulation nor the number of ranks can change the loss; and a ratio per sequence
-leaves an advantage per token where it is (GSPO-token, eq. 15), while TRL averages it over the row. Any floating dtype
-works.
+keeps advantages per token at their tokens (GSPO-token, section 4.3), where TRL averages them over the row. Any floating
+dtype works.
 """
 
 from collections.abc import Sequence
@@ -82,7 +82,7 @@ def leave_one_out(rewards: Tensor, group_id: Tensor) -> Tensor:
 
 
 def equal_reward_groups(rewards: Tensor, group_id: Tensor) -> Tensor:
-    """(groups,) bool, in ascending order of `group_id`: the scorable rewards are all equal, so they give no gradient."""
+    """(groups,) bool, in ascending order of `group_id`: scorable rewards are all equal, so they give no gradient."""
     _, group, count, _ = _group_sums(rewards, group_id)
     return _equal_rewards(rewards, group, len(count))
 
@@ -184,8 +184,8 @@ def kl_estimate(
 ) -> Tensor:
     """Estimate per token of the KL divergence ``KL(policy || reference)`` from tokens of the policy that sampled.
 
-    With ``d = ref_logprobs - logprobs``: k1 ``-d``, k2 ``d^2 / 2``, k3 ``exp(d) - d - 1`` (Schulman 2020, "Approximating
-    KL divergence"). What a loss needs is the right gradient, ``E[-d * grad logprobs]`` over the policy:
+    With ``d = ref_logprobs - logprobs``: k1 ``-d``, k2 ``d^2 / 2``, k3 ``exp(d) - d - 1`` (Schulman 2020,
+    "Approximating KL divergence"). What a loss needs is the right gradient, ``E[-d * grad logprobs]`` over the policy:
 
     ==== ===================================================== ===================================================
          alone, on policy                                      times ``ratio = policy / policy that sampled``
