@@ -205,3 +205,15 @@ class Config:
     def steps_per_rollout(self) -> int:
         """Optimiser steps between two rollouts."""
         return self.micro_batches_per_generation // self.gradient_accumulation_steps * self.num_iterations
+
+
+@dataclass(frozen=True, kw_only=True)
+class TempoConfig:
+    """Options of tree credit; see `stemma.rl.tempo`."""
+
+    tree_td_coef: float = 1.0
+    """Weight of the temporal difference at the branches of a group's prefix tree, >= 0; 0: GRPO. TEMPO: 1."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.tree_td_coef < float("inf"):
+            raise ValueError(f"tree_td_coef must be a finite number, at least 0; got {self.tree_td_coef!r}")
