@@ -10,6 +10,9 @@ ImportanceSamplingLevel = Literal["token", "sequence"]
 ImportanceSamplingMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 KLEstimator = Literal["k1", "k2", "k3"]
 SchedulerType = Literal["linear", "cosine", "constant", "constant_with_warmup"]
+EntropyScope = Literal["batch", "row"]
+PrefixAdvantage = Literal["group", "reference"]
+Normalizer = Literal["all", "kept"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +208,67 @@ class Config:
     def steps_per_rollout(self) -> int:
         """Optimiser steps between two rollouts."""
         return self.micro_batches_per_generation // self.gradient_accumulation_steps * self.num_iterations
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixRFTConfig:
+    """Options of Prefix-RFT (`stemma.rl.prefix_rft`)."""
+
+    num_prefixed_generations: int = 1
+    """Completions of a group that begin with a piece of the demonstration, >= 1 and below num_generations."""
+    prefix_ratio_low_start: float = 0.95
+    """Lower bound of the share of the demonstration that is forced, at the first step, in [0, prefix_ratio_high]."""
+    prefix_ratio_low_end: float = 0.05
+    """The same at the last step, in [0, prefix_ratio_high]; half a cosine lies between."""
+    prefix_ratio_high: float = 0.95
+    """Upper bound of that share, in [0, 1]; the last token of a demonstration is never forced."""
+    entropy_quantile: float = 0.2
+    """Share of the forced tokens that is trained on, those with the highest entropy, in [0, 1]."""
+    entropy_scope: EntropyScope = "batch"
+    """Rank entropies among all forced tokens sampled together, or among those of each row."""
+    prefix_advantage: PrefixAdvantage = "group"
+    """Advantage of rows with a prefix: relative to the whole group, or that of the released code (reference)."""
+
+    def __post_init__(self) -> None:
+        _require(self, "num_prefixed_generations", self.num_prefixed_generations >= 1, "at least 1")
+        _require(self, "prefix_ratio_high", 0 <= self.prefix_ratio_high <= 1, "in [0, 1]")
+        for name in ("prefix_ratio_low_start", "prefix_ratio_low_end"):
+            valid = 0 <= getattr(self, name) <= self.prefix_ratio_high
+            _require(self, name, valid, f"in [0, prefix_ratio_high={self.prefix_ratio_high}]")
+        _require(self, "entropy_quantile", 0 <= self.entropy_quantile <= 1, "in [0, 1]")
+        _require(self, "entropy_scope", self.entropy_scope in get_args(EntropyScope), "batch or row")
+        _require(self, "prefix_advantage", self.prefix_advantage in get_args(PrefixAdvantage), "group or reference")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPPOConfig:
+    """Options of PPPO, progressive prefix-token policy optimisation (`stemma.rl.pppo`)."""
+
+    eta_start: float = 0.15
+    """Share of each output, from its beginning, that is trained on at first, in (0, 1]."""
+    eta_max: float = 0.35
+    """The most it grows to, in [eta_start, 1]."""
+    eta_step: float = 0.05
+    """What it grows by when evaluation stalls, >= 0; 0 keeps it fixed."""
+    eta_patience: int = 1
+    """Evaluations in a row without a new best eval/reward before it grows, >= 1."""
+    num_continuations: int = 8
+    """Continuations of each retained beginning that judge it beside the output itself, >= 0."""
+    normalizer: Normalizer = "all"
+    """Tokens that the loss is divided by: all of the outputs (paper), or the retained ones (kept)."""
+
+    def __post_init__(self) -> None:
+        _require(self, "eta_start", 0 < self.eta_start <= 1, "in (0, 1]")
+        _require(self, "eta_max", self.eta_start <= self.eta_max <= 1, f"in [eta_start={self.eta_start}, 1]")
+        _require(self, "eta_step", self.eta_step >= 0, "at least 0")
+        _require(self, "eta_patience", self.eta_patience >= 1, "at least 1")
+        _require(self, "num_continuations", self.num_continuations >= 0, "at least 0")
+        _require(self, "normalizer", self.normalizer in get_args(Normalizer), "all or kept")
+
+
+def _require(options: Any, name: str, valid: bool, expected: str) -> None:
+    if not valid:
+        raise ValueError(f"{name} must be {expected}; got {getattr(options, name)!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
