@@ -47,7 +47,16 @@ def make_trainer(make_model: Callable[..., Any]) -> Callable[..., Trainer]:
             "reward_funcs": any_reward,
             "processing_class": diallock.tokenizer(),
         }
-        for name in (*arguments, "rollout", "credit", "loss_mask", "ref_model", "reward_weights", "accelerator"):
+        for name in (
+            *arguments,
+            "generator",
+            "rollout",
+            "credit",
+            "loss_mask",
+            "ref_model",
+            "reward_weights",
+            "accelerator",
+        ):
             if name in options:
                 arguments[name] = options.pop(name)
         defaults = {

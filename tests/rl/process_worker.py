@@ -9,28 +9,28 @@ import torch
 from accelerate import Accelerator
 
 from stemma.data import diallock
+from stemma.models.rollout import Rollouts
 from stemma.models.tiny import tiny_model
-from stemma.rl.grpo import Config, RolloutBatch, Trainer
+from stemma.rl.grpo import Config, Trainer
 
 
 def prompts(generation: int, count: int) -> list[dict[str, Any]]:
     return [{"prompt_ids": [2 + (generation * count + i + t) % 19 for t in range(20)]} for i in range(count)]
 
 
-def rollout(model: Any, rows: Any, num_generations: int, seed: int) -> RolloutBatch:
-    ids, lengths = [], []
-    for row in rows:
-        for g in range(num_generations):
-            ids.append([(row["prompt_ids"][0] * (g + 1) + t) % 19 + 2 for t in range(6)])
-            lengths.append(2 + (row["prompt_ids"][1] + g) % 5)
-    columns = torch.arange(6)
-    return RolloutBatch(
-        prompt_ids=[row["prompt_ids"] for row in rows],
-        group_id=torch.arange(len(rows)).repeat_interleave(num_generations),
-        completion_ids=torch.tensor(ids),
-        completion_mask=columns < torch.tensor(lengths)[:, None],
-        truncated=torch.zeros(len(ids), dtype=torch.bool),
-        forced_len=torch.zeros(len(ids), dtype=torch.int64),
+def generator(model: Any, prompts: list[list[int]], /, *, num_generations: int, **_: Any) -> Rollouts:
+    completions = [
+        [[(prompt[0] * (g + 1) + t) % 19 + 2 for t in range(2 + (prompt[1] + g) % 5)] for g in range(num_generations)]
+        for prompt in prompts
+    ]
+    return Rollouts(
+        prompts=prompts,
+        completions=completions,
+        logprobs=[[torch.zeros(len(ids)) for ids in group] for group in completions],
+        finished=[[True] * num_generations for _ in prompts],
+        forced_lengths=[[0] * num_generations for _ in prompts],
+        prefilled_tokens=0,
+        decoded_tokens=0,
     )
 
 
@@ -62,7 +62,7 @@ def main(output: str, per_device: int, options: str) -> None:
         prompts=prompts,
         reward_funcs=reward,
         processing_class=diallock.tokenizer(),
-        rollout=rollout,
+        generator=generator,
         accelerator=accelerator,
     )
     rows = [trainer.step() for _ in range(3)]

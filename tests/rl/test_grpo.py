@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 import torch
 
+from rl.conftest import diallock_prompts
 from stemma.errors import InvalidBatchError, InvalidDataError
-from stemma.rl.grpo import RolloutBatch, Sampler, Trainer
+from stemma.models.rollout import LocalGenerator
+from stemma.rl.grpo import RolloutBatch, Trainer
 
 Make = Callable[..., Trainer]
 # What must not depend on how the same step is computed.
@@ -141,7 +143,7 @@ def test_off_policy_updates_clip_and_on_policy_ones_do_not(make_trainer: Make) -
 
 def test_sampler_and_trainer_agree_on_log_probabilities(make_trainer: Make) -> None:
     assert make_trainer(temperature=0.6).step()["sampling/sampling_logp_difference/max"] < 1e-5
-    skewed = make_trainer(temperature=0.6, rollout=Sampler(max_completion_length=12, eos_token_id=1, temperature=1.0))
+    skewed = make_trainer(temperature=0.6, generator=LocalGenerator(eos_token_id=1, temperature=1.0))
     assert skewed.step()["sampling/sampling_logp_difference/mean"] > 1e-3
 
 
@@ -179,9 +181,8 @@ def test_the_kl_term_pulls_towards_the_reference(make_trainer: Make, make_model:
     assert own.step()["kl"] == pytest.approx(0.0, abs=1e-12)  # the reference is the model as it was
     assert own.step()["kl"] > 1e-9
     assert all(not p.requires_grad for p in own.ref_model.parameters())
-    trainer = make_trainer(
-        beta=1.0, ref_model=make_model(initializer_range=0.2, seed=1), reward_funcs=equal_reward, learning_rate=1e-2
-    )
+    options = {"reward_funcs": equal_reward, "learning_rate": 1e-2, "per_device_train_batch_size": 64}
+    trainer = make_trainer(beta=1.0, ref_model=make_model(initializer_range=0.2, seed=1), **options)
     kl = [trainer.step()["kl"] for _ in range(6)]
     assert kl[-1] < 0.7 * kl[0]
 
@@ -219,7 +220,7 @@ def test_training_raises_the_reward(make_trainer: Make) -> None:
 def test_a_method_brings_its_own_prompts_rollout_credit_and_mask(make_trainer: Make) -> None:
     seen: dict[str, Any] = {}
 
-    def rollout(model: Any, rows: Any, num_generations: int, seed: int) -> RolloutBatch:
+    def rollout(generate: Any, rows: Any, num_generations: int, seeds: list[int], step: int) -> RolloutBatch:
         seen["rows"] = [row["prompt_ids"] for row in rows]
         ids = torch.arange(len(rows) * num_generations * 5).view(-1, 5) % 19 + 2
         size = len(ids)
@@ -280,9 +281,112 @@ def test_a_diverged_step_is_not_taken(make_trainer: Make) -> None:
 def test_evaluation_trains_nothing_and_repeats(make_trainer: Make) -> None:
     trainer = make_trainer()
     before, state = parameters_of(trainer), torch.get_rng_state()
-    rows = trainer.prompts(99, 5)
+    rows = diallock_prompts(99, 5)
     first = trainer.evaluate(rows)
     assert first == trainer.evaluate(rows)
     assert 0 < first["eval/reward"] < first["eval/reward_best"] <= 1
     assert changed(before, trainer) == []
     assert torch.equal(state, torch.get_rng_state())
+
+
+# ---------------------------------------------------------------------------------------------- what is encoded
+
+
+class FirstTokens:
+    """Trains on the first two tokens of every row but the first of each group, and counts all tokens of the others."""
+
+    def __call__(self, batch: RolloutBatch, step: int) -> torch.Tensor:
+        columns = torch.arange(batch.completion_ids.shape[1])
+        first = torch.cat([torch.tensor([True]), batch.group_id.diff() > 0])
+        return (columns < 2) & ~first[:, None]
+
+
+@pytest.mark.parametrize("mode", [{}, {"shared_prefix": False}, {"max_tokens": 80}], ids=str)
+def test_only_what_is_trained_on_is_encoded(make_trainer: Make, mode: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"loss_mask": FirstTokens(), "num_iterations": 2, "beta": 0.1, **mode}
+    cut = make_trainer(**options)
+    cut_steps = [cut.step() for _ in range(2)]
+    batch = cut._batch
+    assert batch is not None
+    prompt_tokens, trained_tokens = sum(len(ids) for ids in batch.prompt_ids), 2 * 6
+    assert cut_steps[0]["tokens/without_sharing"] == 4 * prompt_tokens + trained_tokens
+    if mode == {}:
+        assert cut_steps[0]["tokens/forwarded"] <= prompt_tokens + trained_tokens
+    whole = make_trainer(**options)
+    tree = RolloutBatch.tree
+    monkeypatch.setattr(RolloutBatch, "tree", lambda self, trained_only=False: tree(self))
+    for fewer, more in zip(cut_steps, [whole.step() for _ in range(2)]):
+        assert fewer["tokens/forwarded"] < more["tokens/forwarded"]
+        for name in ("loss", "grad_norm", "kl", "entropy"):
+            assert fewer[name] == pytest.approx(more[name], rel=1e-9), name
+
+
+def test_a_mask_may_count_more_tokens_than_it_trains_on(make_trainer: Make) -> None:
+    class CountsAll(FirstTokens):
+        def normaliser(self, batch: RolloutBatch) -> torch.Tensor:
+            return batch.completion_mask
+
+    one, all_tokens = make_trainer(loss_mask=FirstTokens()), make_trainer(loss_mask=CountsAll())
+    small, large = one.step()["grad_norm"], all_tokens.step()["grad_norm"]
+    batch = all_tokens._batch
+    assert batch is not None
+    assert small / large == pytest.approx(int(batch.completion_mask.sum()) / int(batch.loss_mask.sum()), rel=1e-9)
+
+
+# ---------------------------------------------------------------------------------------------- seams with a state
+
+
+class Counter:
+    """A rollout that counts its calls and evaluations."""
+
+    def __init__(self) -> None:
+        self.calls, self.evaluations = 0, 0
+
+    def __call__(self, generate: Any, rows: Any, num_generations: int, seeds: list[int], step: int) -> RolloutBatch:
+        self.calls += 1
+        return generate([row["prompt_ids"] for row in rows], num_generations, seeds)
+
+    def metrics(self, batch: RolloutBatch) -> dict[str, float]:
+        return {"rollout/calls": float(self.calls)}
+
+    def on_evaluate(self, metrics: dict[str, float]) -> None:
+        self.evaluations += 1
+
+    def state_dict(self) -> dict[str, int]:
+        return vars(self).copy()
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        vars(self).update(state)
+
+
+def test_a_seam_with_a_state_is_logged_told_and_restored(make_trainer: Make) -> None:
+    trainer = make_trainer(rollout=Counter())
+    assert [trainer.step()["rollout/calls"] for _ in range(2)] == [1.0, 2.0]
+    trainer.evaluate([{"prompt_ids": [3, 4, 5]}])
+    resumed = make_trainer(rollout=Counter())
+    resumed.load_state_dict(trainer.state_dict())
+    assert vars(resumed.experience.rollout) == {"calls": 2, "evaluations": 1}
+
+
+# ---------------------------------------------------------------------------------------------- prefixed prompts
+
+
+def test_rewards_see_the_prefix_as_the_beginning_of_the_completion(make_trainer: Make) -> None:
+    seen: dict[str, Any] = {}
+
+    def reward(prompts: list, completions: list, prompt_ids: list, completion_ids: list, **_: Any) -> list[float]:
+        seen.update(prompt_ids=prompt_ids, completion_ids=completion_ids, prompts=prompts, completions=completions)
+        return [float(len(set(ids))) for ids in completion_ids]
+
+    row = {"prompt_ids": [3, 4, 5, 6, 7], "prefix_ids": [6, 7]}
+    trainer = make_trainer(prompts=lambda generation, count: [row] * count, reward_funcs=reward)
+    trainer.step()
+    assert {tuple(ids) for ids in seen["prompt_ids"]} == {(3, 4, 5)}
+    assert {tuple(ids[:2]) for ids in seen["completion_ids"]} == {(6, 7)}
+    assert trainer._batch.completions() == [ids[2:] for ids in seen["completion_ids"]]
+    assert all(prompt == "123" and text.startswith("45") for prompt, text in zip(seen["prompts"], seen["completions"]))
+    with pytest.raises(InvalidDataError, match="evaluation row 1 has prefix_ids"):
+        trainer.evaluate([{"prompt_ids": [3]}, row])
+    broken = make_trainer(prompts=lambda generation, count: [{**row, "prefix_ids": [5, 7]}] * count)
+    with pytest.raises(InvalidDataError, match="not the tail of the row's 5 prompt_ids"):
+        broken.step()

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from stemma.errors import InvalidBatchError, InvalidDataError
+from stemma.rl._rewards import score_completions
 from stemma.rl._shared import (
     RolloutBatch,
     ShuffledRows,
     checked_advantages,
     end_token_ids,
-    score_completions,
 )
 
 

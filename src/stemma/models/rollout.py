@@ -75,7 +75,7 @@ class Generator(Protocol):
         *,
         num_generations: int,
         max_new_tokens: int,
-        seed: int,
+        seed: int | Sequence[int],
         forced: Forced | None = None,
     ) -> Rollouts:
         """`num_generations` continuations of every prompt; the arguments are those of `generate_groups`."""
@@ -106,7 +106,7 @@ class LocalGenerator:
         *,
         num_generations: int,
         max_new_tokens: int,
-        seed: int,
+        seed: int | Sequence[int],
         forced: Forced | None = None,
     ) -> Rollouts:
         options = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -136,7 +136,7 @@ def generate_groups(
     stop_strings: str | Sequence[str] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     forced: Forced | None = None,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     max_batch_size: int | None = None,
 ) -> Rollouts:
     """Sample `num_generations` continuations of every prompt.
@@ -158,7 +158,8 @@ def generate_groups(
         tokenizer: the model's, with `stop_strings`.
         forced: B lists of G lists of token ids, which the continuations begin with. An end-of-sequence token among
             them ends its row there, and what follows it is dropped.
-        seed: decides every random choice together with the index of the row.
+        seed: decides every random choice together with the index of the row. With B seeds, one for each prompt, the
+            samples of a prompt do not depend on which other prompts are in the call.
         max_batch_size: most rows to decode at a time (whole groups; at least one); None decodes all together.
 
     Raises:
@@ -175,8 +176,7 @@ def generate_groups(
     eos_ids = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
     stop = StopCondition(eos_ids, stop_strings, tokenizer)
     forced_ids = checked_forced(forced, len(prompt_ids), num_generations, max_new_tokens, eos_ids, _vocab_size(model))
-    generator = torch.Generator().manual_seed(seed)
-    uniform_BGT = torch.rand(len(prompt_ids), num_generations, max_new_tokens, generator=generator, dtype=torch.float64)
+    uniform_BGT = _uniform(seed, len(prompt_ids), num_generations, max_new_tokens)
     groups_at_once = len(prompt_ids) if max_batch_size is None else max(1, max_batch_size // num_generations)
 
     decoder = Decoder(model, sampler, stop, pad_token_id)
@@ -195,6 +195,16 @@ def generate_groups(
         prefilled_tokens=decoder.prefilled_tokens,
         decoded_tokens=sum(len(completion) - 1 for completion in decoder.completions),
     )
+
+
+def _uniform(seed: int | Sequence[int], *shape: int) -> Tensor:
+    """The uniform random numbers (B, G, T) of all rows, float64."""
+    if isinstance(seed, int):
+        return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    if len(seed) != shape[0]:
+        raise ValueError(f"seed must be one number or one for each of the {shape[0]} prompts, got {len(seed)}")
+    rows = [torch.rand(shape[1:], generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seed]
+    return torch.stack(rows)
 
 
 @contextmanager

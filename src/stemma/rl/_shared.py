@@ -8,13 +8,16 @@ checkpoints) is common. Each place is a plain callable:
 - `Credit`: advantages, one per sequence or one per token;
 - `LossMask`: the completion tokens that get gradient.
 
+A callable that is an object may also have `state_dict` and `load_state_dict` (saved and restored with the trainer),
+`on_evaluate(metrics)` (called after each evaluation) and `metrics(batch)` (numbers to log with each generation).
+
 Shapes: ``N`` sequences, ``T`` padded completion length. Rows of a group are contiguous, in the order of the prompts.
 """
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +26,13 @@ from stemma.errors import InvalidBatchError, InvalidDataError
 from stemma.prefix.tree import PrefixTree
 from stemma.train.seeds import stream
 
+if TYPE_CHECKING:
+    from stemma.models.rollout import Generator
+
 Row = Mapping[str, Any]
-"""One prompt: its token ids under ``prompt_ids``, beside them whatever the reward functions want to know."""
+"""One prompt: its token ids under ``prompt_ids``, beside them whatever the reward functions want to know. Where the
+prompt ends with the beginning of an answer, ``prefix_ids`` holds that tail of ``prompt_ids``, which reward functions get
+as the beginning of the completion."""
 
 Reward = Callable[..., Sequence[float | None]]
 """``f(prompts, completions, completion_ids, **columns)`` -> one reward per completion, None where it cannot be scored;
@@ -63,6 +71,15 @@ class RolloutBatch:
     """(N, T) float32: log-probabilities under the reference model."""
     entropies: Tensor | None = None
     """(N, T) float32: entropies in nats under the policy at the time of sampling, where a loss mask asked for them."""
+    norm_mask: Tensor | None = None
+    """(N, T) bool: the tokens that the denominators of the loss count; None: those of `loss_mask`."""
+    retained_len: Tensor | None = None
+    """(N,) int64: leading completion tokens that PPPO trains on."""
+    continuations: "RolloutBatch | None" = None
+    """Other endings of beginnings of this batch's rows: `group_id` is the index of the row that a continuation shares
+    its forced beginning with. They are rewarded, not trained on, and do not outlive the credit."""
+    encoded_tokens: int = 0
+    """Tokens that went through the model for sampling, prompts once each; 0 where a server did it."""
 
     def __post_init__(self) -> None:
         size, length = self.completion_ids.shape
@@ -112,27 +129,35 @@ class RolloutBatch:
             for field in fields(self)
             if (value := getattr(self, field.name)) is not None
         }
-        sliced["prompt_ids"] = self.prompt_ids[start:stop]
-        sliced["group_id"] = sliced["group_id"] - start
-        return RolloutBatch(**sliced)
+        sliced |= {"prompt_ids": self.prompt_ids[start:stop], "group_id": sliced["group_id"] - start}
+        return RolloutBatch(**{**sliced, "continuations": None})
 
-    def tree(self) -> PrefixTree:
-        """The prefix tree of prompts and completions; row `i` is its sequence `i`, column `t` its column `t`."""
+    def tree(self, *, trained_only: bool = False) -> PrefixTree:
+        """The prefix tree of prompts and completions; row `i` is its sequence `i`, column `t` its column `t`.
+
+        Args:
+            trained_only: cut every completion behind its last token in `loss_mask`. Later tokens cannot change the
+                log-probabilities of earlier ones, so the loss and its gradient stay the same.
+        """
+        completions = self.completions()
+        if trained_only and self.loss_mask is not None and self.loss_mask.any():
+            columns = torch.arange(1, self.loss_mask.shape[1] + 1, device=self.loss_mask.device)
+            ends = (self.loss_mask * columns).amax(-1).tolist()
+            completions = [ids[:end] for ids, end in zip(completions, ends, strict=True)]
         responses: list[list[list[int]]] = [[] for _ in self.prompt_ids]
-        for group, completion in zip(self.group_id.tolist(), self.completions(), strict=True):
+        for group, completion in zip(self.group_id.tolist(), completions, strict=True):
             responses[group].append(completion)
         return PrefixTree.from_groups(self.prompt_ids, responses)
 
     def to(self, device: torch.device | str) -> "RolloutBatch":
         """A copy with all tensors on `device`."""
-        moved: dict[str, Any] = self.state_dict()
-        for name, value in moved.items():
-            moved[name] = value.to(device) if isinstance(value, Tensor) else value
+        state = self.state_dict().items()
+        moved: dict[str, Any] = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in state}
         return RolloutBatch(**moved)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain lists and tensors; `RolloutBatch(**state)` restores the batch."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        """Plain lists and tensors, without continuations; `RolloutBatch(**state)` restores the batch."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "continuations"}
 
 
 class PromptSource(Protocol):
@@ -144,11 +169,32 @@ class PromptSource(Protocol):
         ...
 
 
+class Generate(Protocol):
+    """Sampling as the trainer hands it to a rollout: the policy, its generator and the options are bound."""
+
+    def __call__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        num_generations: int,
+        seeds: Sequence[int],
+        /,
+        forced: Sequence[Sequence[Sequence[int]]] | None = None,
+    ) -> RolloutBatch:
+        """`num_generations` completions of each prompt (token ids), group by group; one seed for each prompt.
+
+        `forced[b][g]` are the token ids that completion g of prompt b begins with, possibly none.
+        """
+        ...
+
+
 class Rollout(Protocol):
     """Sampling."""
 
-    def __call__(self, model: nn.Module, rows: Sequence[Row], num_generations: int, seed: int, /) -> RolloutBatch:
-        """`num_generations` completions of each row, group by group; `seed` decides every random choice."""
+    def __call__(
+        self, generate: Generate, rows: Sequence[Row], num_generations: int, seeds: Sequence[int], step: int, /
+    ) -> RolloutBatch:
+        """`num_generations` completions of each row, group by group. Every random choice about a row comes from its
+        seed alone, so that a run does not depend on the number of processes. `step`: optimiser steps so far."""
         ...
 
 
@@ -161,7 +207,8 @@ class Credit(Protocol):
 
 
 class LossMask(Protocol):
-    """Which tokens are trained on. An attribute ``needs_entropies = True`` makes the trainer fill `batch.entropies`."""
+    """Which tokens are trained on. An attribute ``needs_entropies = True`` makes the trainer fill `batch.entropies`
+    first; a method ``normaliser(batch)`` gives the (N, T) bool tokens that denominators of the loss count instead."""
 
     def __call__(self, batch: RolloutBatch, step: int, /) -> Tensor:
         """(N, T) bool; the trainer takes its intersection with `completion_mask`. `step`: optimiser steps so far."""
@@ -173,49 +220,45 @@ def all_tokens(batch: RolloutBatch, step: int) -> Tensor:
     return batch.completion_mask
 
 
-class Sampler:
-    """The rollout of GRPO: independent samples of the policy, each prompt encoded once.
+def independent_samples(
+    generate: Generate, rows: Sequence[Row], num_generations: int, seeds: Sequence[int], step: int
+) -> RolloutBatch:
+    """The rollout of GRPO: independent samples of the policy, each prompt encoded once."""
+    return generate([row["prompt_ids"] for row in rows], num_generations, seeds)
 
-    Args:
-        max_completion_length: tokens after which a completion is cut off.
-        eos_token_id: the id, or ids, that end a completion.
-        temperature, top_p, top_k: as in `stemma.models.rollout.generate_groups`.
-    """
 
-    def __init__(
-        self,
-        *,
-        max_completion_length: int,
-        eos_token_id: int | Sequence[int] | None,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-    ) -> None:
-        self._options: dict[str, Any] = {
-            "max_new_tokens": max_completion_length,
-            "eos_token_id": eos_token_id,
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": top_k,
-        }
-
-    def __call__(self, model: nn.Module, rows: Sequence[Row], num_generations: int, seed: int) -> RolloutBatch:
-        from stemma.models.rollout import generate_groups
-
-        prompts = [list(row["prompt_ids"]) for row in rows]
-        sampled = generate_groups(model, prompts, num_generations=num_generations, seed=seed, **self._options)
-        completions = [torch.tensor(ids) for group in sampled.completions for ids in group]
-        lengths = torch.tensor([len(ids) for ids in completions])
-        pad = torch.nn.utils.rnn.pad_sequence
-        return RolloutBatch(
-            prompt_ids=prompts,
-            group_id=torch.arange(len(prompts)).repeat_interleave(num_generations),
-            completion_ids=pad(completions, batch_first=True),
-            completion_mask=torch.arange(int(lengths.max())) < lengths[:, None],
-            truncated=~torch.tensor([flag for group in sampled.finished for flag in group]),
-            forced_len=torch.zeros(len(completions), dtype=torch.int64),
-            sampling_logprobs=pad([x.float() for group in sampled.logprobs for x in group], batch_first=True),
-        )
+def sample(
+    model: nn.Module,
+    generator: "Generator",
+    max_completion_length: int,
+    prompts: Sequence[Sequence[int]],
+    num_generations: int,
+    seeds: Sequence[int],
+    /,
+    forced: Sequence[Sequence[Sequence[int]]] | None = None,
+) -> RolloutBatch:
+    """Sampling by a generator, as a batch; bound to its first three arguments it is a `Generate`."""
+    sampled = generator(
+        model,
+        prompts,
+        num_generations=num_generations,
+        max_new_tokens=max_completion_length,
+        seed=seeds,
+        forced=forced,
+    )
+    completions = [torch.tensor(ids) for group in sampled.completions for ids in group]
+    lengths = torch.tensor([len(ids) for ids in completions])
+    pad = torch.nn.utils.rnn.pad_sequence
+    return RolloutBatch(
+        prompt_ids=[list(prompt) for prompt in prompts],
+        group_id=torch.arange(len(prompts)).repeat_interleave(num_generations),
+        completion_ids=pad(completions, batch_first=True),
+        completion_mask=torch.arange(int(lengths.max())) < lengths[:, None],
+        truncated=~torch.tensor([flag for group in sampled.finished for flag in group]),
+        forced_len=torch.tensor([length for group in sampled.forced_lengths for length in group]),
+        sampling_logprobs=pad([x.float() for group in sampled.logprobs for x in group], batch_first=True),
+        encoded_tokens=sampled.prefilled_tokens + sampled.decoded_tokens,
+    )
 
 
 class ShuffledRows:
@@ -236,80 +279,6 @@ class ShuffledRows:
             order = torch.randperm(len(self._rows), generator=stream(self._seed, "epoch", epoch))
             self._order = (epoch, order.tolist())
         return self._rows[self._order[1][index]]
-
-
-def score_completions(
-    rewards: Sequence[Reward], rows: Sequence[Row], batch: RolloutBatch, decode: Callable[[list[int]], str]
-) -> list[list[float | None]]:
-    """The value of every reward function for every completion.
-
-    Args:
-        rewards: reward functions, called with one entry per completion in every argument.
-        rows: one row per prompt of the batch.
-        decode: token ids to text.
-
-    Returns:
-        Per function, N values; None where it cannot score the completion.
-
-    Raises:
-        InvalidDataError: a function raised, or returned the wrong number of values, NaN, an infinity or something that
-            is no number. The message names the function and the sample.
-    """
-    completion_ids = batch.completions()
-    group = batch.group_id.tolist()
-    prompts = [str(row["prompt"]) if "prompt" in row else decode(list(row["prompt_ids"])) for row in rows]
-    arguments: dict[str, list[Any]] = {
-        "prompts": [prompts[g] for g in group],
-        "completions": [decode(ids) for ids in completion_ids],
-        "completion_ids": completion_ids,
-    }
-    for name in dict.fromkeys(key for row in rows for key in row if key not in ("prompt", *arguments)):
-        arguments[name] = [rows[g].get(name) for g in group]
-    return [_call_reward(function, arguments) for function in rewards]
-
-
-def _call_reward(function: Reward, arguments: dict[str, list[Any]]) -> list[float | None]:
-    name, expected = getattr(function, "__name__", type(function).__name__), len(arguments["completions"])
-    try:
-        values = list(function(**arguments))
-    except Exception as error:
-        culprit = _first_failing(function, arguments)
-        raise InvalidDataError(
-            f"reward function '{name}' raised {type(error).__name__}: {error}; {culprit}. Return None for a completion "
-            "that cannot be scored"
-        ) from error
-    if len(values) != expected:
-        raise InvalidDataError(
-            f"reward function '{name}' returned {len(values)} values for {expected} completions; return one each"
-        )
-    result: list[float | None] = []
-    for index, value in enumerate(values):
-        try:
-            number = None if value is None else float(value)
-        except (TypeError, ValueError):
-            number = math.nan
-        if number is not None and not math.isfinite(number):
-            raise InvalidDataError(
-                f"reward function '{name}' returned {value!r} for {_sample(arguments, index)}; return a finite number, "
-                "or None for a completion that cannot be scored"
-            )
-        result.append(number)
-    return result
-
-
-def _first_failing(function: Reward, arguments: dict[str, list[Any]]) -> str:
-    """Call the function on one completion at a time to name the sample that it fails on."""
-    for index in range(len(arguments["completions"])):
-        try:
-            function(**{name: [values[index]] for name, values in arguments.items()})
-        except Exception:
-            return f"it fails on {_sample(arguments, index)}"
-    return "it fails only on the whole batch, on no single sample"
-
-
-def _sample(arguments: dict[str, list[Any]], index: int) -> str:
-    prompt = arguments["prompts"][index]
-    return f"sample {index} (prompt ends {prompt[-40:]!r}, completion {arguments['completions'][index][:80]!r})"
 
 
 def end_token_ids(model: nn.Module, processing_class: Any) -> list[int]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from stemma.models.scoring import Mode, Scores, score
 from stemma.models.streaming import backward
+from stemma.prefix.tree import PrefixTree
 from stemma.rl._config import Config
 from stemma.rl._losses import TokenLoss, token_loss
 from stemma.rl._shared import RolloutBatch
@@ -59,7 +60,7 @@ class Policy:
             with self._autocast():
                 scores = score(
                     model,
-                    part.tree(),
+                    self._tree(part),
                     temperature=self.config.temperature,
                     entropy=entropy,
                     max_tokens=self.config.max_tokens,
@@ -72,7 +73,11 @@ class Policy:
             row += len(part)
         return logprobs, entropies, forwarded
 
-    def backward(self, batch: RolloutBatch, mode: Mode, entropy_weight: float) -> tuple[float, Scores]:
+    def _tree(self, batch: RolloutBatch) -> PrefixTree:
+        """What has to be encoded: rows up to their last token with gradient; all of them for a router's balance."""
+        return batch.tree(trained_only=not self.router_aux_loss_coef)
+
+    def backward(self, batch: RolloutBatch, mode: Mode, entropy_weight: float) -> tuple[float, Scores, int]:
         """Add the gradients of one micro-batch.
 
         Args:
@@ -81,12 +86,13 @@ class Policy:
             entropy_weight: subtracted from the loss per nat of a token's entropy.
 
         Returns:
-            The micro-batch's share of the loss, and its scores.
+            The micro-batch's share of the loss, its scores, and the tokens of its rows without sharing.
         """
+        tree = self._tree(batch)
         with self._autocast():
             loss, scores = backward(
                 self.model,
-                batch.tree(),
+                tree,
                 partial(self._loss, batch, entropy_weight),
                 temperature=self.config.temperature,
                 entropy=True,
@@ -94,7 +100,7 @@ class Policy:
                 max_tokens=self.config.max_tokens,
                 mode=mode,
             )
-        return float(loss), scores
+        return float(loss), scores, tree.total_tokens
 
     def _loss(self, batch: RolloutBatch, entropy_weight: float, scores: Scores) -> Tensor:
         """The loss of the sequences that `scores` holds: a sum, so that the parts of a batch add up to the whole."""
@@ -156,7 +162,7 @@ class Policy:
             sums["kl"] += 0.0 if token.kl is None else token.kl[mask].sum().item()
             if batch.sampling_logprobs is not None:
                 own = logprobs if batch.old_logprobs is None else batch.old_logprobs
-                gap = (own - batch.sampling_logprobs).abs()[batch.sampled_mask]
+                gap = (own - batch.sampling_logprobs).abs()[batch.sampled_mask & mask]
                 sums["gap"], sums["gaps"] = sums["gap"] + gap.sum().item(), sums["gaps"] + gap.numel()
                 widest = max(widest, gap.max().item() if gap.numel() else 0.0)
         sums = dict(zip(sums, sum_over_processes(self.accelerator, list(sums.values())), strict=True))
@@ -191,14 +197,10 @@ class Pass:
         results = [policy.backward(batch, mode, entropy_weight) for batch in micro_batches]
         _synchronise(device)
         self.seconds = time.perf_counter() - started
-        self.loss = sum(loss for loss, _ in results)
-        self.scores = [scores for _, scores in results]
+        self.loss = sum(loss for loss, _, _ in results)
+        self.scores = [scores for _, scores, _ in results]
         self.forwarded_tokens = sum(scores.forwarded_tokens for scores in self.scores)
-        self.tokens_without_sharing = sum(
-            len(batch.prompt_ids[group]) + length
-            for batch in micro_batches
-            for group, length in zip(batch.group_id.tolist(), batch.completion_mask.sum(-1).tolist(), strict=True)
-        )
+        self.tokens_without_sharing = sum(tokens for _, _, tokens in results)
         self._parameters = [p for p in policy.model.parameters() if p.requires_grad]
         self.gradients = [p.grad for p in self._parameters]
         policy.model.zero_grad(set_to_none=True)

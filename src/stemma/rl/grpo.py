@@ -13,24 +13,26 @@ What we changed: the denominators of every loss but bnpo are those of the whole 
 accumulation and process count do not change the loss; a group is never split between micro-batches or processes;
 prompts are token ids and never travel through text. Option names and meanings follow TRL 1.16's `GRPOConfig`.
 
-Not here: generation by a server, parameters sharded over processes.
+Not here: parameters sharded over processes.
 """
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from stemma.errors import InvalidDataError
 from stemma.models.adapter import enable
+from stemma.models.rollout import Generator, LocalGenerator
 from stemma.models.scoring import Mode
 from stemma.rl._config import Config
-from stemma.rl._losses import group_relative, token_weights, weighted_rewards, zero_std_fraction
+from stemma.rl._credit import GroupCredit
+from stemma.rl._experience import Experience
+from stemma.rl._losses import token_weights
 from stemma.rl._shared import (
     Credit,
     LossMask,
@@ -39,20 +41,17 @@ from stemma.rl._shared import (
     Rollout,
     RolloutBatch,
     Row,
-    Sampler,
     ShuffledRows,
     all_tokens,
-    checked_advantages,
     end_token_ids,
-    mean_of,
-    score_completions,
+    independent_samples,
+    sample,
 )
 from stemma.rl._update import Pass, Policy, comparison
 from stemma.train.distributed import broadcast_parameters, sum_gradients, sum_over_processes
 from stemma.train.optimizer import adamw, apply_gradients, schedule
-from stemma.train.seeds import stream_seed
 
-__all__ = ["Config", "RolloutBatch", "Sampler", "ShuffledRows", "Trainer"]
+__all__ = ["Config", "RolloutBatch", "ShuffledRows", "Trainer"]
 
 
 class Trainer:
@@ -65,8 +64,9 @@ class Trainer:
         reward_funcs: see `Reward`; their weighted sum is the reward.
         processing_class: the tokenizer; it decodes completions for the reward functions.
         reward_weights: one per reward function; all 1 when None.
-        rollout: how completions are made; independent samples when None.
-        credit: advantages; those of the formula above when None.
+        generator: what samples; the policy itself, on this machine, when None.
+        rollout: how completions are made; independent samples when not given.
+        credit: advantages; `GroupCredit` with the options of `config` when None.
         loss_mask: completion tokens that are trained on; all when not given.
         ref_model: the reference of the KL term when beta > 0. None: the base model of a peft model, else a copy of
             `model` as it is now, so restore a checkpoint's weights after construction.
@@ -82,7 +82,8 @@ class Trainer:
         reward_funcs: Reward | Sequence[Reward],
         processing_class: Any,
         reward_weights: Sequence[float] | None = None,
-        rollout: Rollout | None = None,
+        generator: Generator | None = None,
+        rollout: Rollout = independent_samples,
         credit: Credit | None = None,
         loss_mask: LossMask = all_tokens,
         ref_model: nn.Module | None = None,
@@ -91,24 +92,20 @@ class Trainer:
         from accelerate import Accelerator
 
         self.accelerator = Accelerator() if accelerator is None else accelerator
-        self.config, self.prompts, self.processing_class = config, prompts, processing_class
-        self.reward_funcs = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
-        self.reward_weights = [1.0] * len(self.reward_funcs) if reward_weights is None else list(reward_weights)
-        if not self.reward_funcs or len(self.reward_weights) != len(self.reward_funcs):
+        self.config = config
+        functions = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
+        weights = [1.0] * len(functions) if reward_weights is None else list(reward_weights)
+        if not functions or len(weights) != len(functions):
             raise ValueError(
-                f"reward_weights must have one entry per reward function, got {len(self.reward_weights)} for "
-                f"{len(self.reward_funcs)} functions"
+                f"reward_weights must have one entry per reward function, got {len(weights)} for {len(functions)} "
+                "functions"
             )
-        self.rollout = rollout or Sampler(
-            max_completion_length=config.max_completion_length,
+        generator = generator or LocalGenerator(
             eos_token_id=end_token_ids(model, processing_class),
             temperature=config.temperature,
             top_p=config.top_p,
             top_k=config.top_k,
         )
-        self.credit = credit or self._group_relative
-        self.loss_mask = loss_mask
-
         self.model = model.to(self.accelerator.device)
         broadcast_parameters(self.accelerator, self.model)
         self.ref_model = ref_model
@@ -133,7 +130,22 @@ class Trainer:
         self.scheduler = schedule(
             self.optimizer, config.lr_scheduler_type, warmup_steps=config.warmup_steps, total_steps=config.max_steps
         )
-        self.total_steps, self.completed_steps, self.generations = config.max_steps, 0, 0
+        self.experience = Experience(
+            config,
+            generate=partial(sample, self.model, generator, config.max_completion_length),
+            policy=self.policy,
+            reference=self._reference,
+            reward_funcs=functions,
+            reward_weights=weights,
+            decode=partial(processing_class.decode, skip_special_tokens=True),
+            prompts=prompts,
+            rollout=rollout,
+            credit=credit
+            or GroupCredit(estimator=config.credit, scale_rewards=config.scale_rewards, accelerator=self.accelerator),
+            loss_mask=loss_mask,
+            accelerator=self.accelerator,
+        )
+        self.total_steps, self.completed_steps = config.max_steps, 0
         self._batch: RolloutBatch | None = None
 
     # ------------------------------------------------------------------ one step
@@ -144,7 +156,7 @@ class Trainer:
         metrics: dict[str, float] = {}
         cycle = self.completed_steps % config.steps_per_rollout
         if cycle == 0:
-            metrics |= self._generate()
+            self._batch, metrics = self.experience.next_batch(self.completed_steps)
         assert self._batch is not None
         micro_batches, entropy_weight = self._optimiser_batch(self._batch, cycle)
         self.model.train()
@@ -178,86 +190,6 @@ class Trainer:
         metrics |= {"time/update": update_seconds, "time/step": time.perf_counter() - started}
         return metrics
 
-    def _generate(self) -> dict[str, float]:
-        """Fill the buffer with rollouts, their rewards, advantages, masks and constant log-probabilities."""
-        config, rank, world = self.config, self.accelerator.process_index, self.accelerator.num_processes
-        started = time.perf_counter()
-        count = config.per_device_train_batch_size // config.num_generations * config.micro_batches_per_generation
-        rows = list(self.prompts(self.generations, count * world))
-        if len(rows) != count * world:
-            raise InvalidDataError(f"the prompt source returned {len(rows)} rows, expected {count * world}")
-        rows = rows[rank * count : (rank + 1) * count]
-        seed = stream_seed(config.seed, "rollout", self.generations, rank)
-        batch = self.rollout(self.model, rows, config.num_generations, seed)
-        sampled = time.perf_counter()
-        per_function = self._reward(rows, batch)
-        rewarded = time.perf_counter()
-
-        batch.advantages = checked_advantages(self.credit(batch), len(batch))
-        batch = batch.to(self.accelerator.device)
-        forwarded = 0
-        needs_entropies = getattr(self.loss_mask, "needs_entropies", False)
-        if needs_entropies or config.steps_per_rollout > 1:
-            batch.old_logprobs, batch.entropies, tokens = self.policy.score(batch, entropy=needs_entropies)
-            forwarded += tokens
-        if config.beta:
-            with self._reference() as reference:
-                batch.ref_logprobs, _, tokens = self.policy.score(batch, model=reference)
-            forwarded += tokens
-        mask = self.loss_mask(batch, self.completed_steps) & batch.completion_mask
-        batch.loss_mask = mask & ~batch.truncated[:, None] if config.mask_truncated_completions else mask
-        self._batch, self.generations = batch, self.generations + 1
-
-        lengths = batch.completion_mask.sum(-1)
-        metrics = self._reward_metrics(batch, per_function)
-        counts = [lengths.sum(), batch.truncated.sum(), batch.sampled_mask.sum()]
-        totals = sum_over_processes(self.accelerator, [len(batch), *(count.item() for count in counts), forwarded])
-        return metrics | {
-            "completions/mean_length": totals[1] / totals[0],
-            "completions/clipped_ratio": totals[2] / totals[0],
-            "tokens/sampled": totals[3],
-            "tokens/forwarded_before_update": totals[4],
-            "time/rollout": sampled - started,
-            "time/reward": rewarded - sampled,
-            "time/score": time.perf_counter() - rewarded,
-        }
-
-    def _reward(self, rows: Sequence[Row], batch: RolloutBatch) -> list[list[float | None]]:
-        """Set `batch.reward`; return the values per function."""
-        decode: Callable[[list[int]], str] = partial(self.processing_class.decode, skip_special_tokens=True)
-        values = score_completions(self.reward_funcs, rows, batch, decode)
-        batch.reward = torch.tensor(weighted_rewards(values, self.reward_weights), dtype=torch.float64)
-        return values
-
-    def _reward_metrics(self, batch: RolloutBatch, per_function: list[list[float | None]]) -> dict[str, float]:
-        assert batch.reward is not None
-        scored = batch.reward[~batch.reward.isnan()]
-        sums = [len(scored), scored.sum().item(), (scored**2).sum().item()]
-        sums += [zero_std_fraction(batch.reward, batch.group_id).item() * len(batch.prompt_ids), len(batch.prompt_ids)]
-        for values in per_function:
-            known = [value for value in values if value is not None]
-            sums += [sum(known), len(known)]
-        count, total, squares, equal, groups, *functions = sum_over_processes(self.accelerator, sums)
-        variance = (squares - total**2 / max(count, 1)) / max(count - 1, 1)
-        metrics = {
-            "reward": total / count if count else float("nan"),
-            "reward_std": max(variance, 0.0) ** 0.5,
-            "frac_reward_zero_std": equal / groups,
-        }
-        for index, function in enumerate(self.reward_funcs if len(self.reward_funcs) > 1 else []):
-            name = getattr(function, "__name__", type(function).__name__)
-            metrics[f"rewards/{name}/mean"] = functions[2 * index] / max(functions[2 * index + 1], 1)
-        return metrics
-
-    def _group_relative(self, batch: RolloutBatch) -> Tensor:
-        assert batch.reward is not None
-        everyone = None
-        if self.config.scale_rewards == "batch" and self.accelerator.num_processes > 1:
-            everyone = self.accelerator.gather(batch.reward.to(self.accelerator.device)).cpu()
-        return group_relative(
-            batch.reward, batch.group_id, scale_rewards=self.config.scale_rewards, all_rewards=everyone
-        ).float()
-
     def _optimiser_batch(self, batch: RolloutBatch, cycle: int) -> tuple[list[RolloutBatch], float]:
         """The micro-batches of this step with the weight of every token, and the weight of a token's entropy."""
         config = self.config
@@ -265,14 +197,16 @@ class Trainer:
         groups = config.per_device_train_batch_size // config.num_generations
         first = cycle % (config.micro_batches_per_generation // accumulation) * accumulation
         micro = [batch.groups(i * groups, (i + 1) * groups) for i in range(first, first + accumulation)]
-        tokens = [float(b.loss_mask.sum()) for b in micro if b.loss_mask is not None]
+        counted = [b.loss_mask if b.norm_mask is None else b.norm_mask for b in micro]
+        tokens = [float(mask.sum()) for mask in counted if mask is not None]
         sequences, total = sum_over_processes(self.accelerator, [sum(map(len, micro)), sum(tokens)])
-        for each, own in zip(micro, tokens, strict=True):
+        for each, mask, own in zip(micro, counted, tokens, strict=True):
             assert each.loss_mask is not None
             local = own * accumulation * self.accelerator.num_processes
             each.weights = token_weights(
                 each.loss_mask,
                 config.loss_type,
+                counted=mask,
                 num_sequences=int(sequences),
                 num_tokens=int(local if config.loss_type == "bnpo" else total),
                 max_completion_length=config.max_completion_length,
@@ -299,21 +233,7 @@ class Trainer:
             `eval/reward` (mean reward: pass@1 for 0/1 rewards) and `eval/reward_best` (mean over prompts of the best
             reward: pass@k), over the prompts with a scorable completion.
         """
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        own = rows[rank::world]
-        sums = [0.0, 0.0, 0.0]
-        if own:
-            seed = stream_seed(self.config.seed, "evaluate", rank)
-            batch = self.rollout(self.model, own, num_generations or self.config.num_generations, seed)
-            self._reward(own, batch)
-            assert batch.reward is not None
-            for group in range(len(own)):
-                reward = batch.reward[batch.group_id == group]
-                known = reward[~reward.isnan()]
-                if len(known):
-                    sums = [sums[0] + 1, sums[1] + mean_of(known.tolist()), sums[2] + known.max().item()]
-        count, mean, best = sum_over_processes(self.accelerator, sums)
-        return {"eval/reward": mean / max(count, 1), "eval/reward_best": best / max(count, 1)}
+        return self.experience.evaluate(rows, num_generations or self.config.num_generations)
 
     # ------------------------------------------------------------------ state
 
@@ -321,10 +241,11 @@ class Trainer:
         """Everything but the model's parameters that the next step depends on. All processes call it together."""
         return {
             "completed_steps": self.completed_steps,
-            "generations": self.generations,
+            "generations": self.experience.generations,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "batches": self._gather_batches(),
+            "seams": {name: seam.state_dict() for name, seam in self.experience.seams() if hasattr(seam, "state_dict")},
         }
 
     def _gather_batches(self) -> list[dict[str, Any] | None]:
@@ -342,7 +263,10 @@ class Trainer:
         Raises:
             InvalidDataError: the state holds rollouts that are still to be trained on, of another number of processes.
         """
-        self.completed_steps, self.generations = state["completed_steps"], state["generations"]
+        self.completed_steps, self.experience.generations = state["completed_steps"], state["generations"]
+        for name, seam in self.experience.seams():
+            if name in state["seams"]:
+                seam.load_state_dict(state["seams"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         batches = state["batches"]

@@ -1,0 +1,224 @@
+"""From prompts to a batch that is ready to be trained on: samples, rewards, advantages, masks, old log-probabilities."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+
+from stemma.errors import InvalidDataError
+from stemma.rl._config import Config
+from stemma.rl._losses import weighted_rewards, zero_std_fraction
+from stemma.rl._rewards import score_completions
+from stemma.rl._shared import (
+    Credit,
+    Generate,
+    LossMask,
+    PromptSource,
+    Reward,
+    Rollout,
+    RolloutBatch,
+    Row,
+    checked_advantages,
+    independent_samples,
+    mean_of,
+)
+from stemma.rl._update import Policy
+from stemma.train.distributed import sum_over_processes
+from stemma.train.seeds import stream_seed
+
+__all__ = ["Experience"]
+
+
+class Experience:
+    """Samples with the policy and prepares what its update needs. The four seams of the trainer meet here.
+
+    Args:
+        config: the trainer's options.
+        generate: sampling, bound to the policy.
+        policy: scores batches for constant log-probabilities and entropies.
+        reference: context manager that gives the reference model of the KL term.
+        reward_funcs, reward_weights: the reward is the weighted sum of the functions' values.
+        decode: token ids to text.
+        prompts, rollout, credit, loss_mask: the seams.
+        accelerator: an `accelerate.Accelerator`.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        generate: Generate,
+        policy: Policy,
+        reference: Callable[[], AbstractContextManager[nn.Module]],
+        reward_funcs: Sequence[Reward],
+        reward_weights: Sequence[float],
+        decode: Callable[[list[int]], str],
+        prompts: PromptSource,
+        rollout: Rollout,
+        credit: Credit,
+        loss_mask: LossMask,
+        accelerator: Any,
+    ) -> None:
+        self.config, self.generate, self.policy, self.reference = config, generate, policy, reference
+        self.reward_funcs, self.reward_weights, self.decode = reward_funcs, reward_weights, decode
+        self.prompts, self.rollout, self.credit, self.loss_mask = prompts, rollout, credit, loss_mask
+        self.accelerator = accelerator
+        self.generations = 0
+
+    def seams(self) -> Iterator[tuple[str, Any]]:
+        """Names and objects of the four seams."""
+        for name in ("prompts", "rollout", "credit", "loss_mask"):
+            yield name, getattr(self, name)
+
+    def next_batch(self, step: int) -> tuple[RolloutBatch, dict[str, float]]:
+        """The rollouts of the next generation, ready to be trained on, and what to log about them.
+
+        Args:
+            step: optimiser steps so far.
+        """
+        config, started = self.config, time.perf_counter()
+        rows, seeds = self._rows()
+        batch = self.rollout(self.generate, rows, config.num_generations, seeds, step)
+        sampled = time.perf_counter()
+        per_function = self.reward(rows, batch)
+        rewarded = time.perf_counter()
+        metrics = self._reward_metrics(batch, per_function) | self._token_metrics(batch)
+        metrics |= self._seam_metrics(batch)
+
+        batch.advantages = checked_advantages(self.credit(batch), len(batch))
+        batch.continuations = None
+        batch = batch.to(self.accelerator.device)
+        forwarded = self._score_and_mask(batch, step)
+        self.generations += 1
+        (total,) = sum_over_processes(self.accelerator, [forwarded])
+        return batch, metrics | {
+            "tokens/forwarded_before_update": total,
+            "time/rollout": sampled - started,
+            "time/reward": rewarded - sampled,
+            "time/score": time.perf_counter() - rewarded,
+        }
+
+    def _rows(self) -> tuple[list[Row], list[int]]:
+        """This process's share of the generation's prompts, with a seed for each."""
+        config, rank, world = self.config, self.accelerator.process_index, self.accelerator.num_processes
+        count = config.per_device_train_batch_size // config.num_generations * config.micro_batches_per_generation
+        rows = list(self.prompts(self.generations, count * world))
+        if len(rows) != count * world:
+            raise InvalidDataError(f"the prompt source returned {len(rows)} rows, expected {count * world}")
+        own = range(rank * count, (rank + 1) * count)
+        seeds = [stream_seed(config.seed, "rollout", self.generations, index) for index in own]
+        return [rows[index] for index in own], seeds
+
+    def _score_and_mask(self, batch: RolloutBatch, step: int) -> int:
+        """Fill in masks and constant log-probabilities; returns the tokens that went through a model for them."""
+        config, forwarded = self.config, 0
+        needs_entropies = getattr(self.loss_mask, "needs_entropies", False)
+        if not needs_entropies:  # what is masked out need not be scored
+            self._mask(batch, step)
+        if needs_entropies or config.steps_per_rollout > 1:
+            batch.old_logprobs, batch.entropies, tokens = self.policy.score(batch, entropy=needs_entropies)
+            forwarded += tokens
+        if needs_entropies:
+            self._mask(batch, step)
+        if config.beta:
+            with self.reference() as reference:
+                batch.ref_logprobs, _, tokens = self.policy.score(batch, model=reference)
+            forwarded += tokens
+        return forwarded
+
+    def _mask(self, batch: RolloutBatch, step: int) -> None:
+        allowed = batch.completion_mask
+        if self.config.mask_truncated_completions:
+            allowed = allowed & ~batch.truncated[:, None]
+        batch.loss_mask = self.loss_mask(batch, step) & allowed
+        normaliser = getattr(self.loss_mask, "normaliser", None)
+        if normaliser is not None:
+            batch.norm_mask = normaliser(batch) & allowed
+
+    def reward(self, rows: Sequence[Row], batch: RolloutBatch) -> list[list[float | None]]:
+        """Set `batch.reward`, and that of its continuations; return the values per function."""
+        values = score_completions(self.reward_funcs, rows, batch, self.decode)
+        batch.reward = torch.tensor(weighted_rewards(values, self.reward_weights), dtype=torch.float64)
+        if batch.continuations is not None:
+            self.reward([rows[group] for group in batch.group_id.tolist()], batch.continuations)
+        return values
+
+    def evaluate(self, rows: Sequence[Row], num_generations: int) -> dict[str, float]:
+        """Sample and score prompts without training on them; see `grpo.Trainer.evaluate`."""
+        prefixed = next((index for index, row in enumerate(rows) if row.get("prefix_ids")), None)
+        if prefixed is not None:
+            raise InvalidDataError(
+                f"evaluation row {prefixed} has prefix_ids: a policy is evaluated on problems without a prefix; build "
+                "the evaluation rows from the problems themselves"
+            )
+        mine = range(self.accelerator.process_index, len(rows), self.accelerator.num_processes)
+        own = [rows[index] for index in mine]
+        sums = [0.0, 0.0, 0.0]
+        if own:
+            seeds = [stream_seed(self.config.seed, "evaluate", index) for index in mine]
+            batch = independent_samples(self.generate, own, num_generations, seeds, 0)
+            self.reward(own, batch)
+            assert batch.reward is not None
+            for group in range(len(own)):
+                reward = batch.reward[batch.group_id == group]
+                known = reward[~reward.isnan()]
+                if len(known):
+                    sums = [sums[0] + 1, sums[1] + mean_of(known.tolist()), sums[2] + known.max().item()]
+        count, mean, best = sum_over_processes(self.accelerator, sums)
+        metrics = {"eval/reward": mean / max(count, 1), "eval/reward_best": best / max(count, 1)}
+        for _, seam in self.seams():
+            if hasattr(seam, "on_evaluate"):
+                seam.on_evaluate(metrics)
+        return metrics
+
+    # ------------------------------------------------------------------ what to log
+
+    def _token_metrics(self, batch: RolloutBatch) -> dict[str, float]:
+        lengths = batch.completion_mask.sum(-1)
+        sums: list[float] = [len(batch), lengths.sum().item(), batch.truncated.sum().item(), 0.0, 0.0, 0.0]
+        for part in (batch, batch.continuations):
+            if part is not None:
+                prompts = torch.tensor([len(ids) for ids in part.prompt_ids])[part.group_id.cpu()]
+                sums[3] += part.sampled_mask.sum().item()
+                sums[4] += part.encoded_tokens
+                sums[5] += (prompts + part.completion_mask.sum(-1).cpu() - 1).sum().item()
+        rows, tokens, truncated, sampled, encoded, repeated = sum_over_processes(self.accelerator, sums)
+        metrics = {
+            "completions/mean_length": tokens / rows,
+            "completions/clipped_ratio": truncated / rows,
+            "tokens/sampled": sampled,
+        }
+        if encoded:
+            metrics |= {"tokens/rollout_encoded": encoded, "tokens/rollout_without_sharing": repeated}
+        return metrics
+
+    def _seam_metrics(self, batch: RolloutBatch) -> dict[str, float]:
+        own = [seam.metrics(batch) for _, seam in self.seams() if hasattr(seam, "metrics")]
+        found = {name: value for metrics in own for name, value in metrics.items()}
+        means = [
+            total / self.accelerator.num_processes for total in sum_over_processes(self.accelerator, [*found.values()])
+        ]
+        return dict(zip(found, means, strict=True))
+
+    def _reward_metrics(self, batch: RolloutBatch, per_function: list[list[float | None]]) -> dict[str, float]:
+        assert batch.reward is not None
+        scored = batch.reward[~batch.reward.isnan()]
+        sums = [len(scored), scored.sum().item(), (scored**2).sum().item()]
+        sums += [zero_std_fraction(batch.reward, batch.group_id).item() * len(batch.prompt_ids), len(batch.prompt_ids)]
+        for values in per_function:
+            known = [value for value in values if value is not None]
+            sums += [sum(known), len(known)]
+        count, total, squares, equal, groups, *functions = sum_over_processes(self.accelerator, sums)
+        variance = (squares - total**2 / max(count, 1)) / max(count - 1, 1)
+        metrics = {
+            "reward": total / count if count else float("nan"),
+            "reward_std": max(variance, 0.0) ** 0.5,
+            "frac_reward_zero_std": equal / groups,
+        }
+        for index, function in enumerate(self.reward_funcs if len(self.reward_funcs) > 1 else []):
+            name = getattr(function, "__name__", type(function).__name__)
+            metrics[f"rewards/{name}/mean"] = functions[2 * index] / max(functions[2 * index + 1], 1)
+        return metrics
