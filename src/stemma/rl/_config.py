@@ -1,7 +1,8 @@
 """Options of group-relative policy optimisation, with TRL's names and meanings. Imports no torch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 LossType = Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo"]
 ScaleRewards = Literal["group", "batch", "none"]
@@ -13,6 +14,7 @@ SchedulerType = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 EntropyScope = Literal["batch", "row"]
 PrefixAdvantage = Literal["group", "reference"]
 Normalizer = Literal["all", "kept"]
+TooLong = Literal["error", "skip"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,3 +283,29 @@ class TempoConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.tree_td_coef < float("inf"):
             raise ValueError(f"tree_td_coef must be a finite number, at least 0; got {self.tree_td_coef!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixRLConfig:
+    """Options of PrefixRL, training on problems that begin with part of a solution (`stemma.rl.prefix_rl`)."""
+
+    grpo_options: ClassVar[Mapping[str, Any]] = {"scale_rewards": "none"}
+    """What the paper sets other than GRPO's defaults among the trainer's own options."""
+
+    cuts_per_problem: int = 3
+    """Prefixed problems made of each trace, >= 1."""
+    prefix_ratio_min: float = 0.4
+    """Shortest prefix as a fraction of the trace, in [0, prefix_ratio_max]."""
+    prefix_ratio_max: float = 0.8
+    """Longest prefix as a fraction of the trace, below 1: the end of an answer is never given away."""
+    include_unprefixed: bool = True
+    """Train on the plain problems too."""
+    too_long: TooLong = "error"
+    """Refuse prefixed problems that leave no room for a completion (error), or leave them out (skip)."""
+
+    def __post_init__(self) -> None:
+        _require(self, "cuts_per_problem", self.cuts_per_problem >= 1, "at least 1")
+        _require(self, "prefix_ratio_max", 0 <= self.prefix_ratio_max < 1, "in [0, 1)")
+        valid = 0 <= self.prefix_ratio_min <= self.prefix_ratio_max
+        _require(self, "prefix_ratio_min", valid, f"in [0, prefix_ratio_max={self.prefix_ratio_max}]")
+        _require(self, "too_long", self.too_long in get_args(TooLong), "error or skip")
