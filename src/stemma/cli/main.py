@@ -3,7 +3,7 @@
 Every module beside this one that does not start with an underscore is a sub-command. It offers
 
 - a module docstring, whose first line is the summary in `stemma --help`;
-- `Config`, a frozen dataclass: its fields are the flags, the string under each field is the flag's help;
+- `Config`, a frozen dataclass: its fields are the flags, the string under each field is the flag's help (see `_flags`);
 - `main(config) -> dict | int`: prints for people, returns what `--json` prints (a dict; its optional key
   `exit_status` is the process's exit status) or a bare exit status.
 
@@ -13,28 +13,24 @@ Exit status: 0 success, 1 a named failure, 2 a wrong command line, 130 interrupt
 
 import ast
 import contextlib
-import dataclasses
 import difflib
-import inspect
 import json
 import math
 import os
-import shutil
 import sys
-import textwrap
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
+from stemma.cli._flags import parse as _parse
 from stemma.errors import StemmaError
 
 __all__ = ["commands", "main"]
 
 _VERSIONED = ("stemma-lm", "torch", "transformers", "trl", "peft", "accelerate")
-_JSON_HELP = "Print the result as one JSON object on stdout; everything else goes to stderr."
 
 
 def commands() -> dict[str, str]:
@@ -96,7 +92,8 @@ def _overview() -> str:
         "commands:",
         *(f"  {name:<{width}}  {summary}" for name, summary in known.items()),
         "",
-        "`stemma COMMAND --help` explains a command. Every command takes --json. `stemma --version` prints versions.",
+        "`stemma COMMAND --help` explains a command. Every command takes --json and --config FILE.yaml (its options).",
+        "`stemma --version` prints versions.",
         "STEMMA_TRACEBACK=1 shows where an error was raised.",
     ]
     return "\n".join(lines)
@@ -119,7 +116,7 @@ def _run(name: str, arguments: list[str]) -> int:
     module = import_module(f"stemma.cli.{name.replace('-', '_')}")
     try:
         config, as_json = _parse(name, module, arguments)
-    except SystemExit as stop:  # tyro has printed help (status 0) or what is wrong with the flags (status 2)
+    except SystemExit as stop:  # help has been printed (status 0), or what is wrong with the options (status 2)
         return stop.code if isinstance(stop.code, int) else 2
     try:
         if not as_json:
@@ -139,44 +136,6 @@ def _run(name: str, arguments: list[str]) -> int:
         payload = result if isinstance(result, dict) else {"exit_status": status}
         print(json.dumps(_jsonable(payload), allow_nan=False))
     return status
-
-
-def _parse(name: str, module: Any, arguments: list[str]) -> tuple[Any, bool]:
-    """The command's own Config from its flags, and whether `--json` was among them."""
-    import tyro  # 0.1 s, so not before a command has been chosen
-
-    if {"-h", "--help"} & set(arguments):
-        print(_wrapped(module.__doc__ or ""), end="\n\n")
-    hints = get_type_hints(module.Config, include_extras=True)
-    flags: list[Any] = [(f.name, _annotated(hints[f.name], f.default), f) for f in dataclasses.fields(module.Config)]
-    flags.append(("json", Annotated[bool, tyro.conf.arg(help=_JSON_HELP), tyro.conf.FlagCreatePairsOff], False))
-    extended = dataclasses.make_dataclass("Config", flags, bases=(module.Config,), frozen=True, kw_only=True)
-    parsed: Any = tyro.cli(extended, prog=f"stemma {name}", description="", args=arguments)
-    values = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(module.Config) if field.init}
-    return module.Config(**values), parsed.json
-
-
-def _annotated(hint: Any, default: Any) -> Any:
-    """The type of a flag with what makes its line on the help page short: no `None` and no `--no-` where it is idle."""
-    import tyro
-
-    if default is False:
-        return Annotated[hint, tyro.conf.FlagCreatePairsOff]
-    if default is None:
-        metavar = "|".join(_metavar(kind) for kind in get_args(hint) if kind is not type(None))
-        return Annotated[hint, tyro.conf.arg(metavar=metavar, help_behavior_hint="")]
-    return hint
-
-
-def _metavar(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return "{" + ",".join(map(str, get_args(kind))) + "}"
-    return str(kind.__name__).upper()
-
-
-def _wrapped(docstring: str) -> str:
-    width = min(shutil.get_terminal_size().columns, 100)
-    return "\n\n".join(textwrap.fill(paragraph, width) for paragraph in inspect.cleandoc(docstring).split("\n\n"))
 
 
 def _jsonable(value: Any) -> Any:
