@@ -1,6 +1,8 @@
 """Advantages and losses against slow loops, in float64; denominators against every split into micro-batches."""
 
+import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -129,49 +131,79 @@ def batch(rows: int = 6, columns: int = 5, seed: int = 0) -> dict[str, Tensor]:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     lengths = torch.randint(0, columns + 1, (rows,), generator=generator)
-    lengths[0] = columns
+    lengths[0], lengths[1] = columns, 0
     logprobs = -random(rows, columns).abs()
     return {
         "logprobs": logprobs,
         "old_logprobs": logprobs + 0.4 * random(rows, columns),
         "ref_logprobs": logprobs + 0.4 * random(rows, columns),
         "advantages": random(rows),
+        "token_advantages": random(rows, columns),
+        "token_weights": random(rows, columns).exp(),
+        "sequence_weights": random(rows, 1).exp(),
         "mask": torch.arange(columns) < lengths[:, None],
     }
 
 
-def reference_token(ratio: float, advantage: float, logprob: float, options: dict) -> float:
+def reference_token(ratio: Tensor, advantage: Tensor, logprob: Tensor, options: dict) -> Tensor:
     if options["loss_type"] == "cispo":
-        return -min(ratio, options["epsilon_high"]) * advantage * logprob
+        return -min(ratio.item(), options["epsilon_high"]) * advantage * logprob
     high = options.get("epsilon_high") or 0.2
-    clipped = min(max(ratio, 0.8), 1 + high)
-    bounded = min(ratio, options["delta"]) if options.get("delta") else ratio
-    return -min(bounded * advantage, clipped * advantage)
+    if options.get("delta") and advantage < 0 and ratio > options["delta"]:  # dual clip, by cases
+        return -options["delta"] * advantage
+    if (advantage > 0 and ratio > 1 + high) or (advantage < 0 and ratio < 0.8):
+        return -(1 + high if advantage > 0 else 0.8) * advantage
+    return -ratio * advantage
 
 
-def reference_loss(data: dict[str, Tensor], options: dict) -> float:
-    """Every formula as a loop over rows and tokens."""
-    total, rows, columns = 0.0, *data["mask"].shape
+def reference_kl(logprob: Tensor, ref_logprob: Tensor, ratio: Tensor, options: dict) -> Tensor:
+    estimator, corrected = options.get("kl_estimator", "k3"), options.get("use_bias_correction_kl", True)
+    if estimator == "k1":
+        value = logprob - ref_logprob
+    elif estimator == "k2":
+        return (logprob - ref_logprob) ** 2 / 2 * (ratio.item() if corrected else 1.0)
+    else:
+        value = (ref_logprob - logprob).exp() - 1 + logprob - ref_logprob
+    return value * ratio if corrected else value
+
+
+def reference_loss(data: dict[str, Tensor], options: dict) -> Tensor:
+    """Every formula as a loop over rows and tokens, by cases."""
+    total, (rows, columns) = torch.zeros((), dtype=torch.float64), data["mask"].shape
     tokens = int(data["mask"].sum())
     for i in range(rows):
         used = [t for t in range(columns) if data["mask"][i, t]]
-        log_ratios = [(data["logprobs"][i, t] - data["old_logprobs"][i, t]).item() for t in used]
-        for t, log_ratio in zip(used, log_ratios):
+        for t in used:
+            logprob = data["logprobs"][i, t]
+            log_ratio = logprob - data["old_logprobs"][i, t]
             if options.get("importance_sampling_level") == "sequence":
-                log_ratio = sum(log_ratios) / len(log_ratios)
-            ratio, logprob = math.exp(log_ratio), data["logprobs"][i, t].item()
-            value = reference_token(ratio, data["advantages"][i].item(), logprob, options)
+                log_ratio = sum(data["logprobs"][i, u] - data["old_logprobs"][i, u] for u in used) / len(used)
+                if options.get("per_token"):  # GSPO-token
+                    log_ratio = log_ratio.item() + logprob - logprob.item()
+            ratio = log_ratio.exp()
+            advantage = data["token_advantages"][i, t] if options.get("per_token") else data["advantages"][i]
+            value = reference_token(ratio, advantage, logprob, options)
+            if options.get("sampling"):
+                value = value * data[options["sampling"]].expand(rows, columns)[i, t]
             if options.get("beta"):
-                d = data["ref_logprobs"][i, t].item() - logprob
-                kl = math.exp(d) - d - 1
-                value += options["beta"] * kl * (ratio if options.get("use_bias_correction_kl", True) else 1.0)
-            total += value / {"grpo": len(used) * rows, "dr_grpo": rows * 7}.get(options["loss_type"], tokens)
+                value = value + options["beta"] * reference_kl(logprob, data["ref_logprobs"][i, t], ratio, options)
+            total = total + value / {"grpo": len(used) * rows, "dr_grpo": rows * 7}.get(options["loss_type"], tokens)
     return total
 
 
 def loss_of(data: dict[str, Tensor], options: dict, weights: Tensor) -> Tensor:
-    keys = ("logprobs", "old_logprobs", "advantages", "mask")
-    token = token_loss(*(data[key] for key in keys), ref_logprobs=data["ref_logprobs"], **options)
+    options = dict(options)
+    sampling = options.pop("sampling", None)
+    advantages = data["token_advantages" if options.pop("per_token", False) else "advantages"]
+    token = token_loss(
+        data["logprobs"],
+        data["old_logprobs"],
+        advantages,
+        data["mask"],
+        ref_logprobs=data["ref_logprobs"],
+        sampling_weights=None if sampling is None else data[sampling],
+        **options,
+    )
     return (token.loss * weights).sum()
 
 
@@ -181,31 +213,48 @@ def weights_of(data: dict[str, Tensor], loss_type: str, num_sequences: int, num_
     )
 
 
-OPTIONS = [
-    {"loss_type": "grpo"},
+LOSSES = [
+    *({"loss_type": name} for name in ("grpo", "dr_grpo", "dapo", "bnpo")),
+    *({"loss_type": "cispo", "epsilon_high": ceiling} for ceiling in (1.0, 5.0)),
     {"loss_type": "dr_grpo", "epsilon_high": 0.28},
     {"loss_type": "dapo", "epsilon_high": 0.28, "delta": 1.5},
-    {"loss_type": "bnpo", "beta": 0.1},
-    {"loss_type": "cispo", "epsilon_high": 1.1},
-    {"loss_type": "dapo", "beta": 0.3, "use_bias_correction_kl": False},
-    {"loss_type": "grpo", "importance_sampling_level": "sequence", "beta": 0.2, "epsilon_high": 0.1},
-    {"loss_type": "dapo", "importance_sampling_level": "sequence", "delta": 1.3},
-    {"loss_type": "cispo", "epsilon_high": 1.0, "importance_sampling_level": "sequence"},
+    {"loss_type": "grpo", "delta": 1.3},
 ]
+LEVELS = [{}, {"per_token": True}]
+LEVELS += [{"importance_sampling_level": "sequence", **level} for level in LEVELS]
+KL_TERMS = [
+    {},
+    *({"beta": 0.3, "kl_estimator": name} for name in ("k1", "k2", "k3")),
+    *({"beta": 0.3, "kl_estimator": name, "use_bias_correction_kl": False} for name in ("k2", "k3")),
+]
+SAMPLERS = [{}, {"sampling": "token_weights"}, {"sampling": "sequence_weights"}]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
-@pytest.mark.parametrize("seed", [0, 1])
-def test_loss_is_the_formula(options: dict, seed: int) -> None:
-    data = batch(seed=seed)
-    weights = weights_of(data, options["loss_type"], len(data["mask"]), int(data["mask"].sum()))
-    got = loss_of(data, options, weights).item()
-    assert got == pytest.approx(reference_loss(data, options), rel=1e-12)
+def named(options: dict) -> str:
+    return "-".join(str(value) for value in options.values()) or "plain"
+
+
+def loss_and_gradient(data: dict[str, Tensor], loss: Callable[[dict[str, Tensor]], Tensor]) -> tuple[Tensor, Tensor]:
+    logprobs = data["logprobs"].clone().requires_grad_()
+    value = loss({**data, "logprobs": logprobs})
+    return value.detach(), torch.autograd.grad(value, logprobs)[0]
+
+
+@pytest.mark.parametrize("level", LEVELS, ids=named)
+@pytest.mark.parametrize("loss", LOSSES, ids=named)
+def test_loss_and_gradient_are_the_formula(loss: dict, level: dict) -> None:
+    for seed, (kl, sampler) in enumerate(itertools.product(KL_TERMS, SAMPLERS)):
+        options = {**loss, **level, **kl, **sampler}
+        data = batch(seed=seed)
+        weights = weights_of(data, loss["loss_type"], len(data["mask"]), int(data["mask"].sum()))
+        got = loss_and_gradient(data, lambda d, o=options, w=weights: loss_of(d, o, w))
+        expected = loss_and_gradient(data, lambda d, o=options: reference_loss(d, o))
+        torch.testing.assert_close(got, expected, **EXACT, msg=lambda m, o=options: f"{o}: {m}")
 
 
 def gradient_of_parts(options: dict, parts: list[slice], fixed: bool = True) -> tuple[float, Tensor]:
     """Loss and gradient of a batch summed over its parts; bnpo's denominators are those of the part."""
-    data = batch(rows=9, columns=6, seed=3)
+    data = batch(rows=8, columns=6, seed=3)
     data["logprobs"].requires_grad_()
     sequences, tokens = len(data["mask"]), int(data["mask"].sum())
     total = 0.0
@@ -218,20 +267,24 @@ def gradient_of_parts(options: dict, parts: list[slice], fixed: bool = True) -> 
     return total, data["logprobs"].grad
 
 
-SPLITS = [[slice(0, 4), slice(4, 9)], [slice(0, 1), slice(1, 2), slice(2, 9)], [slice(i, i + 1) for i in range(9)]]
+# 8 rows at once, in uneven parts, and as 8 micro-batches (or processes) of one.
+SPLITS = [[slice(0, 4), slice(4, 8)], [slice(0, 1), slice(1, 2), slice(2, 8)], [slice(i, i + 1) for i in range(8)]]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
-@pytest.mark.parametrize("parts", SPLITS, ids=len)
-def test_no_split_changes_loss_or_gradient(options: dict, parts: list[slice]) -> None:
-    whole, gradient = gradient_of_parts(options, [slice(0, 9)])
-    split, split_gradient = gradient_of_parts(options, parts)
-    assert split == pytest.approx(whole, rel=1e-12)
-    torch.testing.assert_close(split_gradient, gradient, **EXACT)
+@pytest.mark.parametrize("level", LEVELS, ids=named)
+@pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss["loss_type"] != "bnpo"], ids=named)
+def test_no_split_changes_loss_or_gradient(loss: dict, level: dict) -> None:
+    for kl, sampler in itertools.product(KL_TERMS, SAMPLERS):
+        options = {**loss, **level, **kl, **sampler}
+        whole, gradient = gradient_of_parts(options, [slice(0, 8)], fixed=False)
+        for parts in SPLITS:
+            split, split_gradient = gradient_of_parts(options, parts)
+            assert split == pytest.approx(whole, rel=1e-12), options
+            torch.testing.assert_close(split_gradient, gradient, **EXACT)
 
 
 def test_bnpo_with_its_own_denominators_does_depend_on_the_split() -> None:
-    whole, _ = gradient_of_parts({"loss_type": "bnpo"}, [slice(0, 9)], fixed=False)
+    whole, _ = gradient_of_parts({"loss_type": "bnpo"}, [slice(0, 8)], fixed=False)
     split, _ = gradient_of_parts({"loss_type": "bnpo"}, SPLITS[0], fixed=False)
     assert abs(split - whole) > 1e-3
 
@@ -256,30 +309,6 @@ def test_advantages_per_token_and_per_sequence_agree() -> None:
     per_token = {**data, "advantages": data["advantages"][:, None].expand_as(data["logprobs"])}
     weights = weights_of(data, "dapo", 6, int(data["mask"].sum()))
     assert loss_of(per_token, {}, weights) == loss_of(data, {}, weights)
-
-
-def test_bias_corrected_kl_has_the_gradient_of_reverse_kl() -> None:
-    # Expectation over the policy of the gradient, exactly, on a small categorical distribution.
-    logits = torch.randn(5, dtype=torch.float64, requires_grad=True)
-    reference = torch.randn(5, dtype=torch.float64).log_softmax(0)
-    policy = logits.log_softmax(0)
-    (expected,) = torch.autograd.grad((policy.exp() * (policy - reference)).sum(), logits, retain_graph=True)
-
-    def gradient(corrected: bool) -> Tensor:
-        row = policy[None]
-        token = token_loss(
-            row,
-            row.detach(),
-            torch.zeros(1, dtype=torch.float64),
-            torch.ones(1, 5, dtype=torch.bool),
-            ref_logprobs=reference[None],
-            beta=1.0,
-            use_bias_correction_kl=corrected,
-        )
-        return torch.autograd.grad((token.loss * policy.detach().exp()).sum(), logits, retain_graph=True)[0]
-
-    torch.testing.assert_close(gradient(True), expected, **EXACT)
-    assert (gradient(False) - expected).abs().max() > 1e-2
 
 
 def test_clipping_is_counted_where_it_cuts_the_gradient() -> None:
