@@ -1,13 +1,15 @@
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import stemma
 from stemma.errors import InvalidBatchError, UnsupportedModelError
 from stemma.models import decoding
 from stemma.models.rollout import LocalGenerator, generate_groups
-from stemma.models.sampling import TokenSampler
-from stemma.models.tiny import tiny_model
+from stemma.models.sampling import StopCondition, TokenSampler
+from stemma.models.tiny import byte_tokenizer, tiny_model, train_tokenizer
 
 VOCAB = 23
 EOS = [2, 3, 7, 9, 13, 20]
@@ -424,3 +426,84 @@ def test_the_local_generator_hands_every_option_on():
     for name in ("temperature", "top_k", "max_batch_size"):
         with pytest.raises(ValueError, match=name):
             LocalGenerator(**(options | {name: -1}))
+
+
+def shortest_with(ids: list[int], strings: list[str], tokenizer, forced: int = 0) -> list[int]:
+    """The beginning of a completion that a stop string ends, found by decoding every beginning of what was sampled."""
+    for end in range(forced + 1, len(ids) + 1):
+        if any(string in tokenizer.decode(ids[forced:end]) for string in strings):
+            return ids[:end]
+    return ids
+
+
+@pytest.mark.parametrize("forced_length", [0, 3])
+def test_a_stop_string_ends_the_row_that_completes_it(forced_length):
+    tokenizer = byte_tokenizer()
+    model = tiny_model("llama", vocab_size=128, hidden_size=32, dtype=torch.float64, initializer_range=0.25, seed=3)
+    options = {"num_generations": 6, "max_new_tokens": 30, "eos_token_id": None, "seed": 8}
+    forced = [[tokenizer.encode("abc")[:forced_length]] * 6] * 2
+    prompts = [tokenizer.encode("Once upon"), tokenizer.encode("a")]
+    free = generate_groups(model, prompts, forced=forced, **options)
+    # Two sampled characters, a single one, and one that starts inside the forced beginning and so never counts.
+    text = [[tokenizer.decode(ids) for ids in group] for group in free.completions]
+    stop = [text[0][0][9:11], text[1][2][20], "bc" + text[0][1][3]]
+    stopped = generate_groups(model, prompts, forced=forced, stop_strings=stop, tokenizer=tokenizer, **options)
+    ends = set()
+    for b, group in enumerate(free.completions):
+        for g, ids in enumerate(group):
+            expected = shortest_with(ids, stop, tokenizer, forced_length)
+            assert stopped.completions[b][g] == expected
+            sampled = tokenizer.decode(expected[forced_length:])
+            assert stopped.finished[b][g] == any(string in sampled for string in stop)
+            torch.testing.assert_close(stopped.logprobs[b][g], free.logprobs[b][g][: len(expected)], rtol=0, atol=1e-10)
+            ends.add(len(expected))
+    assert len(ends) > 3
+    generator = LocalGenerator(eos_token_id=None, stop_strings=stop, tokenizer=tokenizer)
+    call = {"num_generations": 6, "max_new_tokens": 30, "seed": 8, "forced": forced}
+    assert generator(model, prompts, **call).completions == stopped.completions
+
+
+MERGED = train_tokenizer(["abab abcab cab bca abc"] * 9, vocab_size=268)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    ids=st.lists(st.sampled_from([*MERGED.encode("abab abcab cab bca abcccc a b c bb"), 0]), max_size=12),
+    strings=st.lists(st.text("abc ", min_size=1, max_size=5), min_size=1, max_size=3),
+    forced=st.integers(0, 3),
+)
+def test_stop_condition_equals_a_search_in_the_decoded_text(ids, strings, forced):
+    stop = StopCondition([], strings, MERGED)
+    forced_NT = torch.full((1, len(ids)), -1)
+    forced_NT[:, :forced] = torch.tensor(ids[:forced])
+    tokens_NT = torch.tensor([ids]).view(1, -1)
+    expected = shortest_with(ids, strings, MERGED, min(forced, len(ids)))
+    for end in range(forced + 1, len(ids) + 1):
+        ended = bool(stop(tokens_NT[:, :end], forced_NT[:, :end]))
+        if ended:
+            assert ids[:end] == expected
+            return
+    assert expected == ids
+
+
+def test_stop_strings_without_meaning_are_refused():
+    with pytest.raises(ValueError, match="tokenizer"):
+        StopCondition([1], "ab")
+    with pytest.raises(ValueError, match="empty"):
+        StopCondition([1], ["ab", ""], byte_tokenizer())
+    with pytest.raises(ValueError, match="tokenizer"):
+        LocalGenerator(eos_token_id=None, stop_strings=["ab"])
+    assert StopCondition([1], None)(torch.tensor([[3, 1], [1, 3]]), torch.full((2, 2), -1)).tolist() == [True, False]
+
+
+def test_one_seed_per_prompt_makes_samples_independent_of_the_other_prompts():
+    model = make("llama")
+    options = {"num_generations": 3, "max_new_tokens": 8, "eos_token_id": 7}
+    together = generate_groups(model, PROMPTS, seed=[5, 6, 7, 8], **options)
+    shuffled = generate_groups(model, PROMPTS[::-1], seed=[8, 7, 6, 5], **options)
+    alone = generate_groups(model, [PROMPTS[2]], seed=[7], **options)
+    assert together.completions == shuffled.completions[::-1]
+    assert together.completions[2] == alone.completions[0]
+    assert alone.completions == generate_groups(model, [PROMPTS[2]], seed=7, **options).completions
+    with pytest.raises(ValueError, match="4 prompts, got 3"):
+        generate_groups(model, PROMPTS, seed=[1, 2, 3], **options)

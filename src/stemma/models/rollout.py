@@ -96,6 +96,7 @@ class LocalGenerator:
 
     def __post_init__(self) -> None:
         TokenSampler(self.temperature, self.top_p, self.top_k)  # refuses wrong options before a model is at work
+        StopCondition([], self.stop_strings, self.tokenizer)
         _check_counts(max_batch_size=self.max_batch_size)
 
     def __call__(
