@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stemma.errors import InvalidBatchError
 from stemma.rl import tempo
+from stemma.rl._config import Config as TrainerConfig
 from stemma.rl._credit import GroupCredit
 from stemma.rl._losses import group_relative, leave_one_out
 from stemma.rl._shared import RolloutBatch
@@ -93,8 +94,7 @@ def test_equal_completions_with_other_rewards_are_plain_grpo() -> None:
     expected = group_relative(rewards, rest[-1])[:, None].expand(-1, 2)
     assert torch.equal(tree_td_advantages(rewards, *rest), expected)
     metrics = ValueTree.build(rewards, *rest).metrics()
-    assert metrics["tree/branch_frac"] == 0
-    assert metrics["tree/mean_descendants_at_branch"] != metrics["tree/mean_descendants_at_branch"]
+    assert metrics == {"tree/branch_frac": 0, "tree/mean_shared_depth": 2, "tree/mean_descendants_at_branch": 0}
 
 
 def test_one_token_each() -> None:
@@ -232,6 +232,17 @@ def test_what_cannot_be_credited_is_refused() -> None:
             tree_td_advantages(*HAND, coefficient=coefficient)
 
 
+def test_sequence_ratios_are_refused() -> None:
+    with pytest.raises(ValueError, match="importance_sampling_level must be token for tree credit"):
+        tempo.seams(tempo.Config(), TrainerConfig(importance_sampling_level="sequence", epsilon=3e-4))
+
+
+def test_the_credit_follows_the_options() -> None:
+    options = TrainerConfig(credit="rloo", scale_rewards="none")
+    seams = tempo.seams(tempo.Config(tree_td_coef=0.3), options)
+    assert seams == {"credit": TreeCredit(estimator="rloo", scale_rewards="none", coefficient=0.3)}
+
+
 def test_the_option_is_the_argument() -> None:
     default = inspect.signature(tree_td_advantages).parameters["coefficient"].default
     assert tempo.Config().tree_td_coef == TreeCredit().coefficient == default == 1.0
@@ -273,6 +284,7 @@ def test_a_step_over_the_shared_forward_has_the_gradient_of_the_plain_one(
     late = 0
     for _ in range(4):
         metrics = trainer.step()
+        assert ("tree/branch_frac" in metrics) == ("reward" in metrics)  # logged with each generation
         assert metrics["compare/gradient_error"] < 1e-10
         assert metrics["compare/loss_plain"] == pytest.approx(metrics["compare/loss_shared"], abs=1e-12)
         batch = trainer._batch

@@ -33,6 +33,7 @@ further completions to estimate the same values; GAE learns them.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,13 +42,14 @@ from torch import Tensor
 from stemma.errors import InvalidBatchError
 from stemma.prefix.radix import as_matrix, ranges
 from stemma.prefix.tree import PrefixTree
+from stemma.rl._config import Config as TrainerConfig
 from stemma.rl._config import CreditName, ScaleRewards
 from stemma.rl._config import TempoConfig as Config
 from stemma.rl._credit import GroupCredit
 from stemma.rl._losses import group_relative, leave_one_out, reward_scale
 from stemma.rl._shared import RolloutBatch
 
-__all__ = ["Config", "TreeCredit", "ValueTree", "reference_states", "tree_td_advantages"]
+__all__ = ["Config", "TreeCredit", "ValueTree", "reference_states", "seams", "tree_td_advantages"]
 
 
 def reference_states(rewards: Tensor, completion_ids: Tensor, completion_mask: Tensor, group_id: Tensor) -> Tensor:
@@ -147,7 +149,7 @@ class ValueTree:
         Returns:
             `tree/branch_frac`: share of the tokens with a difference other than 0; `tree/mean_shared_depth`: first
             tokens of a completion that another one shares, mean over completions; `tree/mean_descendants_at_branch`:
-            completions through a prefix behind which they part, mean over these prefixes (NaN when there is none).
+            completions through a prefix behind which they part, mean over these prefixes (0 when there is none).
         """
         tree = self.tree
         through = tree.node_last - tree.node_first
@@ -157,7 +159,7 @@ class ValueTree:
         return {
             "tree/branch_frac": float(np.count_nonzero(self.differences())) / max(tokens, 1),
             "tree/mean_shared_depth": float((own * through)[through > 1].sum()) / tree.num_sequences,
-            "tree/mean_descendants_at_branch": float(through[branching].mean()) if branching.size else float("nan"),
+            "tree/mean_descendants_at_branch": float(through[branching].mean()) if branching.size else 0.0,
         }
 
 
@@ -224,3 +226,28 @@ class TreeCredit(GroupCredit):
         assert batch.reward is not None
         values = ValueTree.build(batch.reward, batch.completion_ids, batch.completion_mask, batch.group_id)
         return values.metrics()
+
+
+def seams(config: Config, trainer: TrainerConfig, *, accelerator: Any = None) -> dict[str, TreeCredit]:
+    """What turns `stemma.rl.grpo.Trainer` into TEMPO, as its keyword arguments: the credit.
+
+    Args:
+        config: see `Config`.
+        trainer: the options of the trainer.
+        accelerator: of a run on several processes.
+
+    Raises:
+        ValueError: `importance_sampling_level="sequence"`.
+    """
+    if trainer.importance_sampling_level == "sequence":
+        raise ValueError(
+            "importance_sampling_level must be token for tree credit; got 'sequence', whose one ratio per completion "
+            "spreads the credit of a token over all of them"
+        )
+    credit = TreeCredit(
+        estimator=trainer.credit,
+        scale_rewards=trainer.scale_rewards,
+        accelerator=accelerator,
+        coefficient=config.tree_td_coef,
+    )
+    return {"credit": credit}
