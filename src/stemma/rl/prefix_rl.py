@@ -38,6 +38,7 @@ from torch import nn
 from stemma.data.traces import Trace, TraceFile
 from stemma.errors import InvalidDataError
 from stemma.models.rollout import Generator
+from stemma.rl._config import Config as TrainerConfig
 from stemma.rl._config import PrefixRLConfig as Config
 from stemma.rl._config import TooLong
 from stemma.rl._rewards import score_completions
@@ -283,24 +284,43 @@ def _draw_cuts(
 
 def seams(
     config: Config,
-    traces: Iterable[Trace],
+    trainer: TrainerConfig,
     *,
-    seed: int,
+    traces: Sequence[Trace],
+    model: nn.Module,
     is_boundary: IsBoundary | None = None,
-    max_prompt_length: int | None = None,
 ) -> dict[str, Any]:
-    """The arguments of `grpo.Trainer` that make it PrefixRL: its prompts. See `build_prefixed_problems`."""
+    """What turns `stemma.rl.grpo.Trainer` into PrefixRL, as its keyword arguments: its prompts.
+
+    Args:
+        config: see `Config`.
+        trainer: the options of the trainer; `scale_rewards="none"` is the paper's.
+        traces, is_boundary: see `build_prefixed_problems`.
+        model: the policy. Its vocabulary holds every id of the traces; its context holds prompts and completions.
+
+    Raises:
+        InvalidDataError: see `build_prefixed_problems`; or an id is outside the model's vocabulary.
+    """
+    vocab_size = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    for index, trace in enumerate(traces):
+        outside = [token for token in [*trace.prompt_ids, *trace.trace_ids] if not 0 <= token < vocab_size]
+        if outside:
+            raise InvalidDataError(
+                f"trace {index + 1} holds token id {outside[0]}, outside the model's vocabulary of {vocab_size}; it "
+                "was made with another tokenizer"
+            )
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr, operator]
     problems = build_prefixed_problems(
         traces,
         cuts_per_problem=config.cuts_per_problem,
         ratio=(config.prefix_ratio_min, config.prefix_ratio_max),
         include_unprefixed=config.include_unprefixed,
-        seed=seed,
+        seed=trainer.seed,
         is_boundary=is_boundary,
-        max_prompt_length=max_prompt_length,
+        max_prompt_length=None if positions is None else positions - trainer.max_completion_length,
         too_long=config.too_long,
     )
-    return {"prompts": ShuffledRows(problems, seed=stream_seed(seed, "prompts"))}
+    return {"prompts": ShuffledRows(problems, seed=stream_seed(trainer.seed, "prompts"))}
 
 
 def rewards_by_kind(reward: Reward) -> list[Reward]:
