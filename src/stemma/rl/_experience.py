@@ -1,4 +1,4 @@
-"""From prompts to a batch that is ready to be trained on: samples, rewards, advantages, masks, old log-probabilities."""
+"""From prompts to a batch that is ready for training: samples, rewards, advantages, masks, old log-probabilities."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -6,11 +6,12 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stemma.errors import InvalidDataError
 from stemma.rl._config import Config
-from stemma.rl._losses import weighted_rewards, zero_std_fraction
+from stemma.rl._dynamic import Pool, concatenate, different_rewards
+from stemma.rl._losses import soft_overlong_punishment, weighted_rewards, zero_std_fraction
 from stemma.rl._rewards import score_completions
 from stemma.rl._shared import (
     Credit,
@@ -79,37 +80,64 @@ class Experience:
         Args:
             step: optimiser steps so far.
         """
-        config, started = self.config, time.perf_counter()
-        rows, seeds = self._rows()
-        batch = self.rollout(self.generate, rows, config.num_generations, seeds, step)
-        sampled = time.perf_counter()
-        per_function = self.reward(rows, batch)
-        rewarded = time.perf_counter()
-        metrics = self._reward_metrics(batch, per_function) | self._token_metrics(batch)
-        metrics |= self._seam_metrics(batch)
+        dynamic, clock = self.config.dynamic_sampling, {"time/rollout": 0.0, "time/reward": 0.0}
+        pool = Pool(self._count * self.accelerator.num_processes, self.accelerator)
+        rounds: list[RolloutBatch] = []
+        values: list[list[float | None]] = [[] for _ in self.reward_funcs]
+        while not rounds or (dynamic and not pool.full and len(rounds) < self.config.max_generation_batches):
+            batch, different, found = self._round(step, clock)
+            rounds.append(batch)
+            values = [before + new for before, new in zip(values, found, strict=True)]
+            if dynamic:
+                pool.add(batch, different)
+        batch, metrics = pool.take() if dynamic else (rounds[0], {})
+        sampled = concatenate(rounds)
+        metrics |= self._reward_metrics(sampled, values) | self._token_metrics(sampled) | self._seam_metrics(batch)
 
+        started = time.perf_counter()
         batch.advantages = checked_advantages(self.credit(batch), len(batch))
         batch.continuations = None
         batch = batch.to(self.accelerator.device)
         forwarded = self._score_and_mask(batch, step)
-        self.generations += 1
         (total,) = sum_over_processes(self.accelerator, [forwarded])
-        return batch, metrics | {
-            "tokens/forwarded_before_update": total,
-            "time/rollout": sampled - started,
-            "time/reward": rewarded - sampled,
-            "time/score": time.perf_counter() - rewarded,
-        }
+        metrics |= {"tokens/forwarded_before_update": total}
+        return batch, metrics | clock | {"time/score": time.perf_counter() - started}
+
+    def _round(self, step: int, clock: dict[str, float]) -> tuple[RolloutBatch, Tensor, list[list[float | None]]]:
+        """Completions of the next prompts with rewards; per prompt, whether these differ; values per function."""
+        started = time.perf_counter()
+        rows, seeds = self._rows()
+        batch = self.rollout(self.generate, rows, self.config.num_generations, seeds, step)
+        sampled = time.perf_counter()
+        values = self.reward(rows, batch)
+        different = different_rewards(batch)
+        for part in (batch, batch.continuations):
+            if part is not None and self.config.soft_punish_cache:
+                assert part.reward is not None
+                part.reward = part.reward + self._overlong(part)
+        self.generations += 1
+        clock["time/rollout"] += sampled - started
+        clock["time/reward"] += time.perf_counter() - sampled
+        return batch, different, values
+
+    @property
+    def _count(self) -> int:
+        """Prompts of a round on one process."""
+        groups = self.config.per_device_train_batch_size // self.config.num_generations
+        return groups * self.config.micro_batches_per_generation
+
+    def _overlong(self, batch: RolloutBatch) -> Tensor:
+        lengths = batch.completion_mask.sum(-1)
+        return soft_overlong_punishment(lengths, self.config.max_completion_length, self.config.soft_punish_cache)
 
     def _rows(self) -> tuple[list[Row], list[int]]:
         """This process's share of the generation's prompts, with a seed for each."""
-        config, rank, world = self.config, self.accelerator.process_index, self.accelerator.num_processes
-        count = config.per_device_train_batch_size // config.num_generations * config.micro_batches_per_generation
+        rank, world, count = self.accelerator.process_index, self.accelerator.num_processes, self._count
         rows = list(self.prompts(self.generations, count * world))
         if len(rows) != count * world:
             raise InvalidDataError(f"the prompt source returned {len(rows)} rows, expected {count * world}")
         own = range(rank * count, (rank + 1) * count)
-        seeds = [stream_seed(config.seed, "rollout", self.generations, index) for index in own]
+        seeds = [stream_seed(self.config.seed, "rollout", self.generations, index) for index in own]
         return [rows[index] for index in own], seeds
 
     def _score_and_mask(self, batch: RolloutBatch, step: int) -> int:
@@ -218,7 +246,11 @@ class Experience:
             "reward_std": max(variance, 0.0) ** 0.5,
             "frac_reward_zero_std": equal / groups,
         }
+        if self.config.soft_punish_cache:
+            punished = sum_over_processes(self.accelerator, [self._overlong(batch).sum().item(), len(batch)])
+            metrics["rewards/soft_overlong_punishment/mean"] = punished[0] / punished[1]
         for index, function in enumerate(self.reward_funcs if len(self.reward_funcs) > 1 else []):
             name = getattr(function, "__name__", type(function).__name__)
-            metrics[f"rewards/{name}/mean"] = functions[2 * index] / max(functions[2 * index + 1], 1)
+            sum_known, known_count = functions[2 * index : 2 * index + 2]
+            metrics[f"rewards/{name}/mean"] = sum_known / known_count if known_count else float("nan")
         return metrics

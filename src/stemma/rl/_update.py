@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stemma.errors import InvalidBatchError
 from stemma.models.scoring import Mode, Scores, score
 from stemma.models.streaming import backward
 from stemma.prefix.tree import PrefixTree
 from stemma.rl._config import Config
-from stemma.rl._losses import TokenLoss, token_loss
+from stemma.rl._losses import TokenLoss, importance_weights, token_loss
 from stemma.rl._shared import RolloutBatch
 from stemma.train.distributed import max_over_processes, sum_over_processes
 
@@ -121,9 +122,10 @@ class Policy:
         assert batch.advantages is not None
         assert batch.loss_mask is not None
         config = self.config
+        old_logprobs = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs[rows]
         return token_loss(
             logprobs,
-            logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs[rows],
+            old_logprobs,
             batch.advantages[rows],
             batch.loss_mask[rows],
             loss_type=config.loss_type,
@@ -133,7 +135,29 @@ class Policy:
             importance_sampling_level=config.importance_sampling_level,
             ref_logprobs=None if batch.ref_logprobs is None else batch.ref_logprobs[rows],
             beta=config.beta,
+            kl_estimator=config.kl_estimator,
             use_bias_correction_kl=config.use_bias_correction_kl,
+            sampling_weights=self._sampling_weights(batch, rows, old_logprobs),
+        )
+
+    def _sampling_weights(self, batch: RolloutBatch, rows: Tensor, old_logprobs: Tensor) -> Tensor | None:
+        """Weights against the sampler, from the sampled tokens that are trained on; None without correction."""
+        config = self.config
+        if not config.importance_sampling_correction:
+            return None
+        assert batch.loss_mask is not None
+        if batch.sampling_logprobs is None:
+            raise InvalidBatchError(
+                "importance_sampling_correction needs RolloutBatch.sampling_logprobs, which the rollout left out; "
+                "return the sampler's log-probabilities, or switch the correction off"
+            )
+        return importance_weights(
+            old_logprobs,
+            batch.sampling_logprobs[rows],
+            (batch.loss_mask & batch.sampled_mask)[rows],
+            mode=config.importance_sampling_mode,
+            clip_max=config.importance_sampling_clip_max,
+            clip_min=config.importance_sampling_clip_min,
         )
 
     def _autocast(self) -> AbstractContextManager[Any]:
@@ -145,7 +169,8 @@ class Policy:
         names = ("loss", "tokens", "entropy", "kl", "low", "high", "ratios", "gap", "gaps", "forwarded", "repeated")
         sums = dict.fromkeys(names, 0.0)
         sums |= {"loss": done.loss, "forwarded": done.forwarded_tokens, "repeated": done.tokens_without_sharing}
-        widest = 0.0
+        sums |= {"weight": 0.0, "weights": 0.0}
+        widest, lightest, heaviest = 0.0, float("inf"), 0.0
         for batch, scores in zip(micro_batches, done.scores, strict=True):
             assert batch.loss_mask is not None
             assert scores.entropies is not None
@@ -163,8 +188,15 @@ class Policy:
             if batch.sampling_logprobs is not None:
                 own = logprobs if batch.old_logprobs is None else batch.old_logprobs
                 gap = (own - batch.sampling_logprobs).abs()[batch.sampled_mask & mask]
+                gap = gap[~gap.isnan()]  # the sampler did not say
                 sums["gap"], sums["gaps"] = sums["gap"] + gap.sum().item(), sums["gaps"] + gap.numel()
                 widest = max(widest, gap.max().item() if gap.numel() else 0.0)
+                weights = self._sampling_weights(batch, torch.arange(len(batch), device=mask.device), own)
+                if weights is not None and gap.numel():
+                    sampled = batch.sampled_mask & mask
+                    used = weights[sampled.any(-1, keepdim=True) if weights.shape[1] == 1 else sampled]
+                    sums["weight"], sums["weights"] = sums["weight"] + used.sum().item(), sums["weights"] + used.numel()
+                    lightest, heaviest = min(lightest, used.min().item()), max(heaviest, used.max().item())
         sums = dict(zip(sums, sum_over_processes(self.accelerator, list(sums.values())), strict=True))
         tokens, ratios = max(sums["tokens"], 1), max(sums["ratios"], 1)
         metrics = {
@@ -182,6 +214,11 @@ class Policy:
         if sums["gaps"]:
             metrics["sampling/sampling_logp_difference/mean"] = sums["gap"] / sums["gaps"]
             metrics["sampling/sampling_logp_difference/max"] = max_over_processes(self.accelerator, widest)
+        if sums["weights"]:
+            name = "sampling/importance_sampling_ratio"
+            metrics[f"{name}/mean"] = sums["weight"] / sums["weights"]
+            metrics[f"{name}/min"] = -max_over_processes(self.accelerator, -lightest)
+            metrics[f"{name}/max"] = max_over_processes(self.accelerator, heaviest)
         return metrics
 
 
