@@ -1,7 +1,9 @@
 """Tree credit against a brute-force reference, the identities it obeys, and GRPO, to which it must reduce."""
 
+import importlib.util
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -116,6 +118,17 @@ def test_an_unscorable_completion_counts_nowhere_and_gets_zero() -> None:
     assert torch.equal(advantages[:2], tree_td_advantages(*alone))
     assert not advantages[2:].any()
     assert not tree_td_advantages(*batch_of([[1], [2]], [NAN, NAN])).any()
+
+
+def test_the_picture_is_what_the_library_computes() -> None:
+    script = Path(__file__).parents[2] / "docs" / "figures" / "make_tempo.py"
+    spec = importlib.util.spec_from_file_location("make_tempo", script)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    committed = script.with_name("tempo.svg").read_text(encoding="utf-8")
+    assert module.picture() == committed, "run: python docs/figures/make_tempo.py"
 
 
 # ---------------------------------------------------------------------------------------------- properties
