@@ -57,7 +57,7 @@ def make_trainer(make_model: Callable[..., Any]) -> Callable[..., Trainer]:
             "reward_weights",
             "accelerator",
         ):
-            if name in options:
+            if name in options and not isinstance(options[name], str):  # credit="rloo" is an option of Config
                 arguments[name] = options.pop(name)
         defaults = {
             "num_generations": 4,

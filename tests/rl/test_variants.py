@@ -1,6 +1,11 @@
 """GRPO's variants: gradients of the KL estimators, weights against another sampler, and each switch of the trainer."""
 
+import itertools
 import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from stemma.errors import InvalidBatchError
+from stemma.models.rollout import LocalGenerator
 from stemma.rl._losses import equal_reward_groups, importance_weights, kl_estimate, soft_overlong_punishment
+from stemma.rl._shared import independent_samples
+from stemma.rl.grpo import RolloutBatch, Trainer
 
 EXACT = {"rtol": 1e-12, "atol": 1e-14}
 NAN = math.nan
@@ -145,3 +154,142 @@ def test_overlong_penalty_falls_from_zero_to_minus_one() -> None:
 def test_groups_of_equal_rewards() -> None:
     rewards = torch.tensor([1.0, 1.0, 0.0, 1.0, NAN, NAN, 2.0, NAN])
     assert equal_reward_groups(rewards, torch.arange(8) // 2).tolist() == [True, False, True, True]
+
+
+# ---------------------------------------------------------------------------------------------- in the trainer
+
+Make = Callable[..., Trainer]
+
+
+def sometimes_equal(completion_ids: list[list[int]], prompt_ids: list[list[int]], **_: Any) -> list[float]:
+    """Every other prompt, by its tokens, gives all its completions the same reward."""
+    return [0.5 if sum(p) % 2 else sum(ids) % 17 / 17 for p, ids in zip(prompt_ids, completion_ids)]
+
+
+VARIANTS = [
+    {"credit": "rloo", "beta": 0.1, "kl_estimator": "k1"},
+    {"loss_type": "grpo", "beta": 0.1, "kl_estimator": "k2", "num_iterations": 2, "delta": 1.5},
+    {"importance_sampling_correction": True, "importance_sampling_mode": "token_truncate", "temperature": 0.8},
+    {"importance_sampling_correction": True, "importance_sampling_level": "sequence", "loss_type": "grpo"},
+    {"dynamic_sampling": True, "soft_punish_cache": 6, "num_iterations": 2, "reward_funcs": sometimes_equal},
+]
+
+
+def parameters_of(trainer: Trainer) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
+
+
+def assert_same_run(one: Trainer, two: Trainer, steps: int = 3) -> None:
+    for _ in range(steps):
+        first, second = one.step(), two.step()
+        for name in first:
+            if "time" not in name and name not in ("tokens/forwarded", "tokens/forwarded_before_update"):
+                assert second[name] == pytest.approx(first[name], rel=1e-6, abs=1e-9), name
+    torch.testing.assert_close(parameters_of(two), parameters_of(one), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=lambda o: "-".join(map(str, list(o.values())[:3])))
+def test_shared_prefixes_train_like_the_plain_forward(make_trainer: Make, options: dict) -> None:
+    assert_same_run(make_trainer(**options), make_trainer(shared_prefix=False, **options))
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=lambda o: "-".join(map(str, list(o.values())[:3])))
+def test_accumulation_does_not_change_the_run(make_trainer: Make, options: dict) -> None:
+    whole = make_trainer(per_device_train_batch_size=16, **options)
+    split = make_trainer(per_device_train_batch_size=4, gradient_accumulation_steps=4, **options)
+    assert_same_run(whole, split)
+
+
+def test_rloo_subtracts_the_mean_of_the_others(make_trainer: Make) -> None:
+    trainer = make_trainer(credit="rloo")
+    trainer.step()
+    rewards = trainer._batch.reward.view(2, 4)
+    others = (rewards.sum(1, keepdim=True) - rewards) / 3
+    torch.testing.assert_close(trainer._batch.advantages.view(2, 4), (rewards - others).float())
+
+
+def test_the_kl_estimator_is_the_chosen_one(make_trainer: Make, make_model: Callable[..., Any]) -> None:
+    reference = make_model(initializer_range=0.2, seed=1)
+    kl = {
+        name: make_trainer(beta=0.1, kl_estimator=name, ref_model=reference).step()["kl"] for name in ("k1", "k2", "k3")
+    }
+    assert len(set(kl.values())) == 3
+    assert min(kl["k2"], kl["k3"]) > 0
+
+
+def test_advantages_per_token_stay_at_their_tokens_with_a_ratio_per_sequence(make_trainer: Make) -> None:
+    """On policy every ratio is 1, so token and sequence level have the same gradient, whatever the credit."""
+
+    def credit(batch: RolloutBatch) -> Tensor:
+        return torch.linspace(-1, 1, batch.completion_ids.numel()).view(batch.completion_ids.shape)
+
+    norms = [
+        make_trainer(credit=credit, importance_sampling_level=level).step()["grad_norm"]
+        for level in ("token", "sequence")
+    ]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-9)
+
+
+# ---------------------------------------------------------------------------------------------- importance correction
+
+
+def test_a_faithful_sampler_needs_no_correction(make_trainer: Make) -> None:
+    plain, corrected = make_trainer().step(), make_trainer(importance_sampling_correction=True).step()
+    assert corrected["sampling/importance_sampling_ratio/mean"] == pytest.approx(1.0, abs=1e-5)
+    assert corrected["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-4)
+    assert "sampling/importance_sampling_ratio/mean" not in plain
+
+
+def test_an_unfaithful_sampler_is_weighed(make_trainer: Make) -> None:
+    hotter = {"generator": LocalGenerator(eos_token_id=1, temperature=1.5), "importance_sampling_correction": True}
+    token = make_trainer(importance_sampling_mode="token_truncate", importance_sampling_clip_max=1.2, **hotter).step()
+    name = "sampling/importance_sampling_ratio"
+    assert token[f"{name}/min"] < 0.99
+    assert 1.0 < token[f"{name}/max"] <= 1.2
+    masked = make_trainer(importance_sampling_clip_max=1e-9, **hotter).step()
+    assert masked[f"{name}/max"] == masked["grad_norm"] == 0.0
+
+
+def test_forced_tokens_have_weight_one(make_trainer: Make) -> None:
+    """The sampler's log-probability of what it did not sample is no part of any weight."""
+
+    def rollout(wrong: float, generate: Any, rows: Any, num_generations: int, seeds: Any, step: int) -> RolloutBatch:
+        forced = [[[5, 6, 7]] * num_generations for _ in rows]
+        batch = generate([row["prompt_ids"] for row in rows], num_generations, seeds, forced=forced)
+        batch.sampling_logprobs[:, :3] = wrong
+        return batch
+
+    expected = make_trainer(rollout=partial(rollout, 0.0)).step()
+    for wrong, mode in itertools.product((-50.0, NAN), ("token_truncate", "sequence_mask")):
+        trainer = make_trainer(
+            rollout=partial(rollout, wrong), importance_sampling_correction=True, importance_sampling_mode=mode
+        )
+        metrics = trainer.step()
+        assert metrics["sampling/importance_sampling_ratio/mean"] == pytest.approx(1.0, abs=1e-5)
+        assert metrics["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+
+
+def test_a_correction_without_log_probabilities_is_refused(make_trainer: Make) -> None:
+    def rollout(generate: Any, rows: Any, *rest: Any) -> RolloutBatch:
+        return replace(independent_samples(generate, rows, *rest), sampling_logprobs=None)
+
+    with pytest.raises(InvalidBatchError, match="importance_sampling_correction needs"):
+        make_trainer(rollout=rollout, importance_sampling_correction=True).step()
+
+
+# ---------------------------------------------------------------------------------------------- overlong penalty
+
+
+def test_overlong_completions_lose_reward_in_training_only(make_trainer: Make) -> None:
+    rows = make_trainer().experience.prompts(99, 5)
+    plain, punished = make_trainer(), make_trainer(soft_punish_cache=6)
+    assert plain.evaluate(rows) == punished.evaluate(rows)
+    first, second = plain.step(), punished.step()
+    lengths = punished._batch.completion_mask.sum(-1)
+    penalty = soft_overlong_punishment(lengths, 12, 6)
+    assert penalty.min() == -1.0
+    torch.testing.assert_close(punished._batch.reward, plain._batch.reward + penalty)
+    name = "rewards/soft_overlong_punishment/mean"
+    assert second[name] == pytest.approx(penalty.mean().item())
+    assert second["reward"] == pytest.approx(first["reward"] + second[name])
+    assert name not in first
