@@ -1,6 +1,13 @@
 """The error classes of Stemma. Each message says what was wrong, what was expected and what to do next."""
 
-__all__ = ["InvalidBatchError", "InvalidDataError", "MissingExtraError", "StemmaError", "UnsupportedModelError"]
+__all__ = [
+    "InvalidBatchError",
+    "InvalidDataError",
+    "MissingExtraError",
+    "ServerError",
+    "StemmaError",
+    "UnsupportedModelError",
+]
 
 
 class StemmaError(Exception):
@@ -17,6 +24,10 @@ class InvalidBatchError(StemmaError, ValueError):
 
 class InvalidDataError(StemmaError, ValueError):
     """A dataset line, record or reward that cannot be used."""
+
+
+class ServerError(StemmaError, RuntimeError):
+    """A generation server cannot be reached, refuses a request, or answers with something else than was asked for."""
 
 
 class MissingExtraError(StemmaError, ImportError):

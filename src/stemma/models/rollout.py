@@ -97,7 +97,7 @@ class LocalGenerator:
     def __post_init__(self) -> None:
         TokenSampler(self.temperature, self.top_p, self.top_k)  # refuses wrong options before a model is at work
         StopCondition([], self.stop_strings, self.tokenizer)
-        _check_counts(max_batch_size=self.max_batch_size)
+        check_counts(max_batch_size=self.max_batch_size)
 
     def __call__(
         self,
@@ -170,13 +170,13 @@ def generate_groups(
         ValueError: a sampling option is outside its range.
         FloatingPointError: the model's logits are not numbers.
     """
-    _check_counts(num_generations=num_generations, max_new_tokens=max_new_tokens, max_batch_size=max_batch_size)
+    check_counts(num_generations=num_generations, max_new_tokens=max_new_tokens, max_batch_size=max_batch_size)
     sampler = TokenSampler(temperature, top_p, top_k)
     prompt_ids = [[int(token) for token in prompt] for prompt in prompts]
-    _check_prompts(model, prompt_ids, max_new_tokens)
+    check_prompts(model, prompt_ids, max_new_tokens)
     eos_ids = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
     stop = StopCondition(eos_ids, stop_strings, tokenizer)
-    forced_ids = checked_forced(forced, len(prompt_ids), num_generations, max_new_tokens, eos_ids, _vocab_size(model))
+    forced_ids = checked_forced(forced, len(prompt_ids), num_generations, max_new_tokens, eos_ids, vocab_size_of(model))
     uniform_BGT = _uniform(seed, len(prompt_ids), num_generations, max_new_tokens)
     groups_at_once = len(prompt_ids) if max_batch_size is None else max(1, max_batch_size // num_generations)
 
@@ -219,13 +219,15 @@ def _evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
             module.training = training
 
 
-def _check_counts(**counts: int | None) -> None:
+def check_counts(**counts: int | None) -> None:
+    """Raise a ValueError that names a count below 1; None is no count."""
     for name, value in counts.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
 
 
-def _vocab_size(model: PreTrainedModel) -> int:
+def vocab_size_of(model: PreTrainedModel) -> int:
+    """The number of token ids that the model has embeddings for."""
     return model.get_input_embeddings().num_embeddings
 
 
@@ -269,10 +271,11 @@ def checked_forced(
     return checked
 
 
-def _check_prompts(model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int) -> None:
+def check_prompts(model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int) -> None:
+    """Raise an InvalidBatchError that names a prompt the model cannot continue; see `generate_groups`."""
     if not prompts:
         raise InvalidBatchError("there are no prompts to continue; pass at least one list of token ids")
-    vocab_size = _vocab_size(model)
+    vocab_size = vocab_size_of(model)
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     for index, prompt in enumerate(prompts):
         if not prompt:
