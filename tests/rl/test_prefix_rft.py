@@ -1,9 +1,7 @@
-"""Prefix-RFT: the schedule, the cut, the entropy mask against loops, both advantages, and whole steps in float64."""
+"""Prefix-RFT: the schedule, the cut, the entropy mask against loops, both advantages, bad input."""
 
 import math
-from collections.abc import Callable
 from itertools import pairwise
-from random import Random
 from typing import Any
 
 import pytest
@@ -12,12 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from rollouts import fake_batch, rows_with_demonstrations
 from stemma.data import diallock
 from stemma.errors import InvalidBatchError, InvalidDataError
-from stemma.models.rollout import LocalGenerator
-from stemma.rl import grpo, tempo
 from stemma.rl._losses import group_relative
-from stemma.rl._shared import RolloutBatch, all_tokens
+from stemma.rl._shared import RolloutBatch
 from stemma.rl.prefix_rft import (
     Config,
     EntropyMask,
@@ -27,38 +24,11 @@ from stemma.rl.prefix_rft import (
     ratio_low,
     reference_advantages,
     reference_top_entropy,
-    seams,
     top_entropy,
 )
 
-Make = Callable[..., Any]
 EOS = diallock.EOS_ID
 LIMITS = {"vocab_size": diallock.VOCAB_SIZE, "eos_token_id": [EOS], "max_completion_length": 40}
-
-
-def rows_with_demonstrations(generation: int, count: int) -> list[dict[str, Any]]:
-    rng = Random(generation)
-    drawn = diallock.draw_problems(diallock.problems("train", min_distance=3, max_distance=4), count, rng)
-    episodes = [diallock.oracle_episode(problem, rng) for problem in drawn]
-    return [{"prompt_ids": each.prompt_ids, "demonstration_ids": each.completion_ids} for each in episodes]
-
-
-def dial_reward(prompt_ids: list[list[int]], completion_ids: list[list[int]], **_: Any) -> list[float]:
-    return [diallock.reward(*pair) for pair in zip(prompt_ids, completion_ids, strict=True)]
-
-
-def fake_batch(forced: list[int], lengths: list[int], group_size: int = 2, **extra: Any) -> RolloutBatch:
-    """Rows of the given lengths, the first tokens of each forced; made-up ids."""
-    size, width = len(lengths), max(lengths)
-    return RolloutBatch(
-        prompt_ids=[[5]] * (size // group_size),
-        group_id=torch.arange(size) // group_size,
-        completion_ids=torch.full((size, width), 7),
-        completion_mask=torch.arange(width) < torch.tensor(lengths)[:, None],
-        truncated=torch.zeros(size, dtype=torch.bool),
-        forced_len=torch.tensor(forced),
-        **extra,
-    )
 
 
 # ---------------------------------------------------------------------------------------------- schedule and cut
@@ -99,7 +69,7 @@ class Recorded:
         self.prompts, self.seeds, self.forced = prompts, seeds, forced
         lengths = [[len(ids) + 2 for ids in group] for group in forced]
         flat = [n for group in lengths for n in group]
-        return fake_batch([n - 2 for n in flat], flat, num_generations)
+        return fake_batch(flat, [n - 2 for n in flat], num_generations)
 
 
 def test_the_last_rows_of_a_group_begin_with_the_demonstration() -> None:
@@ -206,7 +176,7 @@ def test_ties_keep_exactly_the_quota_and_the_first_ones() -> None:
 
 def test_the_mask_trains_on_all_sampled_and_some_forced_tokens() -> None:
     entropies = torch.tensor([[0.0, 0, 0, 0, 0, 0], [9, 1, 3, 2, 0, 9], [0, 0, 0, 0, 0, 0], [4, 0, 0, 0, 0, 0]])
-    batch = fake_batch([0, 4, 0, 1], [6, 5, 3, 6], entropies=entropies)
+    batch = fake_batch([6, 5, 3, 6], [0, 4, 0, 1], entropies=entropies)
     expected = batch.sampled_mask.clone()
     expected[1, 0] = True  # two of five: entropies 9 and 4, not the 9 on padding
     expected[3, 0] = True
@@ -216,13 +186,13 @@ def test_the_mask_trains_on_all_sampled_and_some_forced_tokens() -> None:
     assert torch.equal(EntropyMask(0.0)(batch, 0), batch.sampled_mask)
     assert torch.equal(EntropyMask(1.0)(batch, 0), batch.completion_mask)
     with pytest.raises(InvalidBatchError, match="without entropies"):
-        EntropyMask(0.4)(fake_batch([0], [2], 1), 0)
+        EntropyMask(0.4)(fake_batch([2], [0], 1), 0)
 
 
 def test_processes_rank_their_entropies_together(monkeypatch: pytest.MonkeyPatch) -> None:
     entropies = torch.rand(4, 9)
-    whole = fake_batch([5, 0, 9, 3], [9, 9, 9, 4], entropies=entropies)
-    parts = [fake_batch([5, 0], [9, 9], entropies=entropies[:2]), fake_batch([9, 3], [9, 4], entropies=entropies[2:])]
+    whole = fake_batch([9, 9, 9, 4], [5, 0, 9, 3], entropies=entropies)
+    parts = [fake_batch([9, 9], [5, 0], entropies=entropies[:2]), fake_batch([9, 4], [9, 3], entropies=entropies[2:])]
     forced = [part.completion_mask & ~part.sampled_mask for part in parts]
     shares = [part.entropies[mask].tolist() for part, mask in zip(parts, forced, strict=True)]
     answers = {"numbers": [len(share) for share in shares], "lists": shares}
@@ -280,203 +250,6 @@ def test_reference_advantages_equal_loops(rows: list[tuple[float, int]], scale: 
                 assert found[i, t].item() == pytest.approx(expected, abs=1e-12)
 
 
-# ---------------------------------------------------------------------------------------------- whole steps
-
-
-@pytest.fixture
-def make(make_trainer: Make, make_model: Make) -> Make:
-    """`make(Config(...), credit=..., **options of the trainer)`; without a Config plain GRPO on the same rows."""
-
-    def build(config: Config | None = None, **options: Any) -> grpo.Trainer:
-        options = {"prompts": rows_with_demonstrations, "max_completion_length": 32, "max_steps": 10, **options}
-        names = ("rollout", "credit", "loss_mask", "reward_funcs", "prompts")
-        arguments = {name: options.pop(name) for name in names if name in options}
-        options |= {"credit": options.pop("credit_name")} if "credit_name" in options else {}
-        model = make_model()
-        if config is not None:
-            defaults = {"num_generations": 4, "per_device_train_batch_size": 8}
-            trainer_config = grpo.Config(**{**defaults, **options})
-            given = arguments.pop("credit", None)
-            made = seams(config, trainer_config, model=model, processing_class=diallock.tokenizer(), credit=given)
-            arguments = {**made, **arguments}
-        return make_trainer(model, **options, **arguments)
-
-    return build
-
-
-def assert_equal_steps(one: grpo.Trainer, two: grpo.Trainer, steps: int = 2, tolerance: float = 1e-9) -> None:
-    for _ in range(steps):
-        first, second = one.step(), two.step()
-        for name in ("loss", "grad_norm", "reward", "tokens/optimised", "tokens/sampled"):
-            if name not in first:  # no rollout in this step
-                continue
-            assert second[name] == pytest.approx(first[name], rel=tolerance, abs=tolerance), name
-    for left, right in zip(one.model.parameters(), two.model.parameters(), strict=True):
-        torch.testing.assert_close(left, right, rtol=tolerance, atol=tolerance)
-
-
-class NeedsEntropies:
-    """All tokens, after the same scoring pass that the entropy mask asks for."""
-
-    needs_entropies = True
-
-    def __call__(self, batch: RolloutBatch, step: int) -> Tensor:
-        return batch.completion_mask
-
-
-NO_PREFIX = Config(prefix_ratio_low_start=0.0, prefix_ratio_low_end=0.0, prefix_ratio_high=0.0)
-
-
-def test_without_a_prefix_it_is_grpo(make: Make) -> None:
-    assert_equal_steps(make(NO_PREFIX), make(loss_mask=NeedsEntropies()))
-    # Plain GRPO has no scoring pass: its ratio is exactly one, ours one up to the rounding of old log-probabilities.
-    assert_equal_steps(make(NO_PREFIX), make(), tolerance=1e-5)
-
-
-def test_quantile_zero_freezes_the_prefix_and_one_trains_on_all_of_it(make: Make) -> None:
-    class Frozen(NeedsEntropies):
-        def __call__(self, batch: RolloutBatch, step: int) -> Tensor:
-            return batch.sampled_mask
-
-    assert_equal_steps(make(Config(entropy_quantile=0.0)), make(Config(), loss_mask=Frozen()))
-    assert_equal_steps(make(Config(entropy_quantile=1.0)), make(Config(), loss_mask=NeedsEntropies()))
-
-
-def test_the_switch_trains_on_exactly_a_fifth_of_the_forced_tokens(make: Make) -> None:
-    counts = {}
-    for quantile in (0.0, 0.2, 1.0):
-        trainer = make(Config(entropy_quantile=quantile))
-        optimised = trainer.step()["tokens/optimised"]
-        batch = trainer._batch
-        forced = int((batch.completion_mask & ~batch.sampled_mask).sum())
-        assert forced == int(batch.forced_len.sum()) > 20
-        counts[quantile] = optimised
-    assert counts[0.2] - counts[0.0] == math.ceil(0.2 * forced)
-    assert counts[1.0] - counts[0.0] == forced
-
-
-def test_forced_tokens_are_those_of_the_demonstration(make: Make) -> None:
-    trainer = make(Config())
-    trainer.step()
-    batch, rows = trainer._batch, rows_with_demonstrations(0, 2)
-    assert batch.forced_len.view(2, 4)[:, :3].eq(0).all()
-    for group, row in enumerate(rows):
-        index = 4 * group + 3
-        length = int(batch.forced_len[index])
-        demonstration = row["demonstration_ids"]
-        assert math.floor(0.95 * len(demonstration)) == length < len(demonstration)  # step 0 of the schedule
-        assert batch.completion_ids[index, :length].tolist() == demonstration[:length]
-    assert (batch.completion_mask.sum(-1) > batch.forced_len).all()
-
-
-@pytest.mark.parametrize("options", [{}, {"num_iterations": 2, "loss_type": "dr_grpo"}, {"loss_type": "grpo"}])
-def test_shared_forward_and_accumulation_leave_a_step_alone(make: Make, options: dict[str, Any]) -> None:
-    config = Config(prefix_ratio_low_start=0.3)
-    assert_equal_steps(make(config, **options), make(config, shared_prefix=False, **options))
-    assert_equal_steps(
-        make(config, per_device_train_batch_size=8, **options),
-        make(config, per_device_train_batch_size=4, gradient_accumulation_steps=2, **options),
-    )
-
-
-def test_a_resumed_run_draws_the_same_prefixes(make: Make) -> None:
-    whole, first, second = make(Config()), make(Config()), make(Config())
-    expected = [whole.step() for _ in range(4)]
-    for _ in range(2):
-        first.step()
-    second.model.load_state_dict(first.model.state_dict())
-    second.load_state_dict(first.state_dict())
-    for metrics in expected[2:]:
-        again = second.step()
-        assert {k: v for k, v in again.items() if "time" not in k} == {
-            k: v for k, v in metrics.items() if "time" not in k
-        }
-
-
-def logprob_of(trainer: grpo.Trainer, row: dict[str, Any]) -> Tensor:
-    """Log-probabilities of the tokens of the demonstration."""
-    ids = torch.tensor([row["prompt_ids"] + row["demonstration_ids"]])
-    with torch.no_grad():
-        logits = trainer.model(ids).logits.log_softmax(-1)[0, :-1]
-    return logits.gather(1, ids[0, 1:, None])[len(row["prompt_ids"]) - 1 :, 0]
-
-
-@pytest.mark.parametrize("success", [True, False])
-def test_a_prefix_that_verifies_is_pushed_up_and_one_that_does_not_is_pushed_down(make: Make, success: bool) -> None:
-    (row,) = rows_with_demonstrations(3, 1)
-    length = prefix_length(0.95, len(row["demonstration_ids"]))
-    begins = row["demonstration_ids"][:length]
-
-    def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
-        return [float((ids[:length] == begins) == success) for ids in completion_ids]
-
-    trainer = make(
-        Config(entropy_quantile=1.0),
-        prompts=lambda generation, count: [row] * count,
-        reward_funcs=reward,
-        learning_rate=1e-3,
-        num_generations=4,
-        per_device_train_batch_size=4,
-    )
-    before = logprob_of(trainer, row)[:length].sum()
-    metrics = trainer.step()
-    after = logprob_of(trainer, row)[:length].sum()
-    assert metrics["prefix_rft/reward_prefixed"] == float(success)
-    assert metrics["prefix_rft/reward_free"] == float(not success)
-    assert metrics["prefix_rft/prefix_length"] == length
-    assert (after > before) == success
-
-
-def test_the_verifier_judges_prefix_and_continuation_as_one_text(make: Make) -> None:
-    seen: list[list[int]] = []
-
-    def reward(prompt_ids: list[list[int]], completion_ids: list[list[int]], **_: Any) -> list[float]:
-        seen.extend(completion_ids)
-        return dial_reward(prompt_ids, completion_ids)
-
-    trainer = make(Config(), reward_funcs=reward)
-    trainer.step()
-    assert seen == trainer._batch.completions()
-    demonstrations = [row["demonstration_ids"] for row in rows_with_demonstrations(0, 2)]
-    assert [seen[3][:10], seen[7][:10]] == [ids[:10] for ids in demonstrations]
-
-
-def test_the_ratio_of_forced_tokens_is_against_the_old_policy(make: Make) -> None:
-    trainer = make(Config(entropy_quantile=1.0), num_iterations=2, learning_rate=1e-2)
-    first = trainer.step()
-    second = trainer.step()  # the same batch: its ratios have moved away from one, prefixes included
-    batch = trainer._batch
-    assert batch.old_logprobs is not None
-    forced = batch.completion_mask & ~batch.sampled_mask
-    torch.testing.assert_close(batch.old_logprobs[forced], batch.sampling_logprobs[forced], rtol=0, atol=1e-5)
-    assert first["clip_ratio/region_mean"] == 0.0 < second["clip_ratio/region_mean"]
-
-
-def test_tree_credit_composes_and_credits_of_their_own_do_not(make: Make) -> None:
-    trainer = make(Config(prefix_ratio_low_start=0.2), credit=tempo.TreeCredit())
-    trainer.step()
-    assert trainer._batch.advantages.shape == trainer._batch.completion_ids.shape
-    assert_equal_steps(
-        make(Config(prefix_ratio_low_start=0.2), credit=tempo.TreeCredit()),
-        make(Config(prefix_ratio_low_start=0.2), credit=tempo.TreeCredit(), shared_prefix=False),
-    )
-    with pytest.raises(ValueError, match="prefix_advantage='reference' is a credit of its own"):
-        make(Config(prefix_advantage="reference"), credit=tempo.TreeCredit())
-    with pytest.raises(ValueError, match="got credit='rloo'"):
-        make(Config(prefix_advantage="reference"), credit_name="rloo")
-
-
-def test_the_reference_advantage_reaches_the_step(make: Make) -> None:
-    config = Config(prefix_advantage="reference")
-    trainer = make(config, scale_rewards="none")
-    assert_equal_steps(trainer, make(config, scale_rewards="none", shared_prefix=False))
-    batch = trainer._batch
-    hybrid = batch.forced_len > 0
-    continued = batch.sampled_mask & hybrid[:, None]
-    expected = batch.reward[:, None].expand_as(batch.advantages)[continued].float()
-    assert torch.equal(batch.advantages[continued], expected)
-
-
 # ---------------------------------------------------------------------------------------------- options
 
 
@@ -495,35 +268,3 @@ def test_the_reference_advantage_reaches_the_step(make: Make) -> None:
 def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Config(**options)
-
-
-@pytest.mark.parametrize(("prefixed", "advantage"), [(4, "group"), (3, "reference"), (5, "group")])
-def test_a_group_without_enough_free_samples_is_refused(make: Make, prefixed: int, advantage: Any) -> None:
-    with pytest.raises(ValueError, match=f"num_prefixed_generations={prefixed} leaves"):
-        make(Config(num_prefixed_generations=prefixed, prefix_advantage=advantage))
-
-
-def test_evaluation_never_sees_a_demonstration(make: Make) -> None:
-    lengths: list[int] = []
-
-    class Counted(LocalGenerator):
-        def __call__(self, *arguments: Any, forced: Any = None, **options: Any) -> Any:
-            lengths.extend(len(ids) for group in forced or [] for ids in group)
-            return super().__call__(*arguments, forced=forced, **options)
-
-    trainer = make(Config())
-    trainer.experience.generate = type(trainer.experience.generate)(
-        trainer.experience.generate.func,
-        trainer.model,
-        Counted(eos_token_id=EOS),
-        trainer.config.max_completion_length,
-    )
-    trainer.evaluate(rows_with_demonstrations(9, 2))
-    assert sum(lengths) == 0
-    trainer.step()
-    assert sum(lengths) > 20
-
-
-def test_all_tokens_is_the_mask_of_plain_grpo() -> None:
-    batch = fake_batch([0, 0], [3, 2])
-    assert torch.equal(all_tokens(batch, 0), batch.completion_mask)

@@ -170,7 +170,7 @@ class PrefixSampling:
                 f"num_generations={num_generations} must exceed num_prefixed_generations={prefixed}: a group compares "
                 "prefixed with free samples"
             )
-        check_demonstrations(rows, **self._limits)
+        self.check(rows)
         lengths = self.lengths(rows, seeds, step)
         forced = [
             [[]] * (num_generations - prefixed)
@@ -178,6 +178,10 @@ class PrefixSampling:
             for row, own in zip(rows, lengths, strict=True)
         ]
         return generate([list(row["prompt_ids"]) for row in rows], num_generations, seeds, forced=forced)
+
+    def check(self, rows: Iterable[Row]) -> int:
+        """`check_demonstrations` with the limits of this rollout; call it on a data set before a run."""
+        return check_demonstrations(rows, **self._limits)
 
     def lengths(self, rows: Sequence[Row], seeds: Sequence[int], step: int) -> list[list[int]]:
         """Length in tokens of each prefix: `num_prefixed_generations` per row."""
@@ -366,6 +370,11 @@ def seams(
             raise ValueError(
                 "prefix_advantage='reference' is a credit of its own: it needs credit='grpo' and scale_rewards 'group' "
                 f"or 'none', got credit={credit or trainer.credit!r} and scale_rewards={trainer.scale_rewards!r}"
+            )
+        if trainer.importance_sampling_level == "sequence":
+            raise ValueError(
+                "prefix_advantage='reference' has two advantages in one row, which importance_sampling_level='sequence' "
+                "would mix; use prefix_advantage='group' or importance_sampling_level='token'"
             )
         arguments["credit"] = ReferenceCredit(trainer.scale_rewards)
     elif credit is not None:
