@@ -36,6 +36,10 @@ NAMES = {
 # Command -> its options, in the order of its help page (`--json` is common to all).
 COMMANDS: dict[str, tuple[str, ...]] = {
     "check": ("model", "random_init", "sequences", "dtype", "device", "seed"),
+    "collect": (
+        *("model", "dataset", "output", "resume", "limit", "samples_per_round", "max_samples", "temperature"),
+        *("max_completion_length", "shots", "sft_steps", "eval_prompts", "seed"),
+    ),
     "explain": (
         "model",
         "sequences",

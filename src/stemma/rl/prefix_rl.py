@@ -37,12 +37,12 @@ from torch import nn
 
 from stemma.data.traces import Trace, TraceFile
 from stemma.errors import InvalidDataError
-from stemma.models.rollout import Generator
+from stemma.models.rollout import Generator, LocalGenerator
 from stemma.rl._config import Config as TrainerConfig
 from stemma.rl._config import PrefixRLConfig as Config
 from stemma.rl._config import TooLong
 from stemma.rl._rewards import score_completions
-from stemma.rl._shared import Reward, Row, ShuffledRows, sample
+from stemma.rl._shared import Reward, Row, ShuffledRows, end_token_ids, sample
 from stemma.train.seeds import stream_seed
 
 __all__ = ["Config", "PrefixedProblems", "build_prefixed_problems", "collect_traces", "rewards_by_kind", "seams"]
@@ -59,9 +59,10 @@ def collect_traces(
     problems: Sequence[Row],
     verify: Reward,
     *,
-    generator: Generator,
     processing_class: Any,
     max_completion_length: int,
+    generator: Generator | None = None,
+    temperature: float = 1.0,
     samples_per_round: int = 64,
     max_samples: int = 2500,
     seed: int = 0,
@@ -79,9 +80,10 @@ def collect_traces(
         model: the policy, usually the base model.
         problems: rows without a prefix; their other columns go into the traces.
         verify: a reward function; 1 (or more) is a success. A completion that was cut off never is one.
-        generator: samples the completions; holds temperature and end tokens.
         processing_class: the tokenizer; it decodes completions for `verify`.
         max_completion_length: tokens after which a completion is cut off.
+        generator: samples the completions; the model itself, on this machine, when None.
+        temperature: sampling temperature where no generator is given.
         samples_per_round: completions of a problem that are sampled together, >= 1.
         max_samples: completions after which a problem is given up, >= 1. The paper: 2,500, and about 650 on average.
         seed: decides every sample.
@@ -103,6 +105,8 @@ def collect_traces(
     for name, value in (("samples_per_round", samples_per_round), ("max_samples", max_samples)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if generator is None:
+        generator = LocalGenerator(eos_token_id=end_token_ids(model, processing_class), temperature=temperature)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     with nullcontext() if path is None else TraceFile(path) as file:
         traces: list[Trace] = [] if file is None else list(file.traces[: len(problems)])
