@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stemma.cli.main import main
@@ -88,9 +89,9 @@ def test_a_run_writes_everything_and_its_model_loads_anywhere(whole: tuple[Path,
     assert result["tokens"]["saved_ratio"] > 1.5
     assert result["tokens"]["forwarded"] == sum(r["tokens/forwarded"] for r in rows if r["phase"] == "grpo")
     assert json.loads((folder / "report.json").read_text())["tokens"] == result["tokens"]
-    for name in ("report.md", "plot.png", "config.resolved.json", "sft/config.json", "checkpoint-000011"):
+    for name in ("report.md", "plot.png", "config.resolved.yaml", "sft/config.json", "checkpoint-000011"):
         assert (folder / name).exists(), name
-    assert json.loads((folder / "config.resolved.json").read_text())["learning_rate"] == 2e-4
+    assert yaml.safe_load((folder / "config.resolved.yaml").read_text())["learning_rate"] == 2e-4
     assert not list(folder.glob(".*"))
     # In a process that never heard of us.
     code = f"""if True:

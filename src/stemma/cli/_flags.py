@@ -157,7 +157,8 @@ def _annotated(hint: Any, default: Any, text: str, pairs: bool) -> Any:
     if default is False and not pairs:
         return Annotated[hint, tyro.conf.arg(help=text), tyro.conf.FlagCreatePairsOff]
     if default is None:
-        metavar = "|".join(_metavar(kind) for kind in get_args(hint) if kind is not type(None))
+        bare = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+        metavar = "|".join(_metavar(kind) for kind in get_args(bare) if kind is not type(None))
         return Annotated[hint, tyro.conf.arg(help=text, metavar=metavar, help_behavior_hint="")]
     if get_origin(hint) is tuple:
         return Annotated[hint, tyro.conf.arg(help=text, metavar=f"{_metavar(get_args(hint)[0])} ...")]

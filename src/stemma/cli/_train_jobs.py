@@ -1,7 +1,7 @@
 """What `stemma train` trains on: the model, the prompts and their verifier, and the supervised batches before them."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -35,18 +35,21 @@ class Job:
     model: Any
     processing_class: Any
     prompts: Callable[[int, int], Sequence[Mapping[str, Any]]]
-    """`prompts(generation, count)`: the rows of one generation."""
+    """`prompts(generation, count)`: the rows of one generation, with `demonstration_ids` where they were asked for."""
     reward: Callable[..., list[float | None]]
     eval_rows: Rows
     sft_batches: Callable[[int], dict[str, Tensor]]
     """`sft_batches(step)`: the labelled batch of one supervised step."""
+    rows: Sequence[Mapping[str, Any]] = ()
+    """What `prompts` draws from, where that is a finite data set."""
 
 
-def diallock_job(*, shots: int, sft_steps: int, eval_prompts: int, seed: int) -> Job:
+def diallock_job(*, shots: int, sft_steps: int, eval_prompts: int, seed: int, demonstrations: bool = False) -> Job:
     """A Llama of 200,000 parameters, made here, on DialLock with many-shot prompts.
 
     The warm-up shows noisy solutions of near problems, four to a sequence and in its last sixth as many as the prompts
-    have. Reinforcement asks for problems up to distance 9, and is evaluated on problems that it never asks.
+    have. Reinforcement asks for problems up to distance 9, and is evaluated on problems that it never asks. A
+    demonstration is a shortest solution.
     """
     near = diallock.problems("train", max_distance=4)
     asked = diallock.problems("train", max_distance=_MAX_DISTANCE)
@@ -57,6 +60,8 @@ def diallock_job(*, shots: int, sft_steps: int, eval_prompts: int, seed: int) ->
         for problem in diallock.draw_problems(pool, count, rng):
             examples = diallock.draw_shots(near, shots, rng, exclude=problem)
             found.append({"prompt_ids": diallock.many_shot_prompt(examples, problem)})
+            if demonstrations:
+                found[-1]["demonstration_ids"] = diallock.oracle_episode(problem, rng).completion_ids
         return found
 
     def sft_batches(step: int) -> dict[str, Tensor]:
@@ -92,14 +97,17 @@ def diallock_job(*, shots: int, sft_steps: int, eval_prompts: int, seed: int) ->
     )
 
 
-def checkpoint_job(model: str, dataset: Path, *, shots: int, eval_prompts: int, seed: int) -> Job:
+def checkpoint_job(
+    model: str, dataset: Path, *, shots: int, eval_prompts: int, seed: int, demonstrations: bool = False
+) -> Job:
     """A model from a folder or the hub on a JSONL file: GSM8K's `question` and `answer`, shown few-shot, or `prompt`
     and `answer` as they are. Either way the reward compares the final number.
 
-    Supervised sequences look like the prompts and are labelled on every answer in them.
+    Supervised sequences look like the prompts and are labelled on every answer in them. A demonstration is the answer
+    of GSM8K, or the text of a field `demonstration` where a prompt has one.
 
     Raises:
-        InvalidDataError: the file, or too few lines for the shots and the held-out prompts.
+        InvalidDataError: the file, too few lines for the shots and the held-out prompts, or no demonstration in it.
     """
     from transformers import AutoTokenizer
 
@@ -113,6 +121,8 @@ def checkpoint_job(model: str, dataset: Path, *, shots: int, eval_prompts: int, 
         for number, record in enumerate(items, start=1):
             if record.answer is None:
                 raise InvalidDataError(f"{dataset}, prompt {number}: no answer to compare with; add a field 'answer'")
+        if demonstrations and all(record.demonstration is None for record in items):
+            raise InvalidDataError(f"{dataset} demonstrates nothing; add solutions as text in a field 'demonstration'")
     Random(stream_seed(seed, "split")).shuffle(items)
     held_out, asked = items[:eval_prompts], items[eval_prompts:]
     if len(asked) <= shots:
@@ -123,7 +133,10 @@ def checkpoint_job(model: str, dataset: Path, *, shots: int, eval_prompts: int, 
     tokenizer = AutoTokenizer.from_pretrained(model)
 
     def records(chosen: list[Any]) -> list[PromptRecord]:
-        return gsm8k.prompt_records(chosen, examples) if chosen and "question" in first else chosen
+        if not chosen or "question" not in first:
+            return chosen
+        found = gsm8k.prompt_records(chosen, examples)
+        return [replace(record, demonstration=record.answer) for record in found] if demonstrations else found
 
     def sft_batches(step: int) -> dict[str, Tensor]:
         rng = Random(stream_seed(seed, "sft", step))
@@ -136,22 +149,26 @@ def checkpoint_job(model: str, dataset: Path, *, shots: int, eval_prompts: int, 
     def reward(completions: list[str], answer: list[str], **_: Any) -> list[float | None]:
         return [gsm8k.reward(expected, completion) for expected, completion in zip(answer, completions)]
 
+    rows = _EncodedRows(records(asked), tokenizer, demonstrations)
     return Job(
         description=f"{dataset.name}, {shots} examples in each prompt",
         model=load_model(model),
         processing_class=tokenizer,
-        prompts=ShuffledRows(_EncodedRows(records(asked), tokenizer), seed=stream_seed(seed, "prompts")),
+        prompts=ShuffledRows(
+            _EncodedRows(records(asked), tokenizer, demonstrations), seed=stream_seed(seed, "prompts")
+        ),
         reward=reward,
         eval_rows=list(_EncodedRows(records(held_out), tokenizer)),
         sft_batches=sft_batches,
+        rows=rows,
     )
 
 
 class _EncodedRows(Sequence[dict[str, Any]]):
     """Records as rows, tokenised when they are asked for: few-shot prompts of a whole data set are many tokens."""
 
-    def __init__(self, records: Sequence[PromptRecord], tokenizer: Any) -> None:
-        self._records, self._tokenizer = records, tokenizer
+    def __init__(self, records: Sequence[PromptRecord], tokenizer: Any, demonstrations: bool = False) -> None:
+        self._records, self._tokenizer, self._demonstrations = records, tokenizer, demonstrations
 
     def __len__(self) -> int:
         return len(self._records)
@@ -159,7 +176,11 @@ class _EncodedRows(Sequence[dict[str, Any]]):
     def __getitem__(self, index: Any) -> Any:
         record = self._records[index]
         ids = self._tokenizer(record.prompt)["input_ids"]
-        return {"prompt_ids": ids, "prompt": record.prompt, "answer": record.answer}
+        row = {"prompt_ids": ids, "prompt": record.prompt, "answer": record.answer}
+        if self._demonstrations and record.demonstration is not None:
+            text = self._tokenizer(f" {record.demonstration}", add_special_tokens=False)["input_ids"]
+            row["demonstration_ids"] = [*text, self._tokenizer.eos_token_id]
+        return row
 
 
 def _labelled(tokenizer: Any, sequences: Sequence[Sequence[tuple[str, str]]]) -> dict[str, Tensor]:

@@ -1,6 +1,5 @@
 """One run of `stemma train`: supervised steps, GRPO, final model, report; from the start or from a checkpoint."""
 
-import dataclasses
 import platform
 import shlex
 import signal
@@ -11,26 +10,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.utils import logging
 
+from stemma.cli._flags import flat
 from stemma.cli._train_jobs import Job, checkpoint_job, diallock_job
+from stemma.cli.train import grpo_options
+from stemma.data.traces import read_traces
 from stemma.errors import MissingExtraError, StemmaError
-from stemma.rl import grpo
+from stemma.rl import grpo, pppo, prefix_rft, prefix_rl, tempo
 from stemma.train import checkpoint, sft
 from stemma.train.loop import run_steps
 from stemma.train.report import write_report
 from stemma.train.seeds import rng_state, seed_everything, set_rng_state, stream_seed
-from stemma.train.tracking import Tracker
+from stemma.train.tracking import Tracker, start_trackers
 
 if TYPE_CHECKING:
     from stemma.cli.train import Config
 
-__all__ = ["Run", "grpo_config"]
-
-
-def grpo_config(config: "Config") -> grpo.Config:
-    """The options of GRPO among the flags; a None leaves GRPO's own default."""
-    names = {field.name for field in dataclasses.fields(grpo.Config)}
-    given = {name: value for name, value in dataclasses.asdict(config).items() if name in names and value is not None}
-    return grpo.Config(**given)
+__all__ = ["Run"]
 
 
 class Run:
@@ -48,6 +43,12 @@ class Run:
         seed_everything(config.seed)
         self.job = _make_job(config)
         self.model = _with_adapter(self.job.model, config)
+        try:
+            self.seams = self._seams()
+        except StemmaError:
+            raise
+        except ValueError as error:  # options that do not go together
+            raise StemmaError(str(error)) from error
         self.sft_steps = config.sft_steps or 0
         self.total = self.sft_steps + config.max_steps
         self.checkpoint = checkpoint.latest(self.folder) if resume else None
@@ -66,7 +67,13 @@ class Run:
         tracker = None
         if self.accelerator.is_main_process:
             resume_after = done if self.resume else None
-            tracker = Tracker(self.folder / "metrics.jsonl", total_steps=self.total, resume_after=resume_after)
+            start_trackers(self.accelerator, self.folder, flat(self.config), resume_after=resume_after)
+            tracker = Tracker(
+                self.folder / "metrics.jsonl",
+                total_steps=self.total,
+                resume_after=resume_after,
+                accelerator=self.accelerator,
+            )
             tracker.note(f"{self._description()}{f'; continuing after step {done}' if done else ''}")
         try:
             with checkpoint.StopSignal() as stop:
@@ -76,6 +83,7 @@ class Run:
         finally:
             if tracker is not None:
                 tracker.close()
+            self.accelerator.end_training()
         return self._finish() if finished else self._interrupted(stop.requested or signal.SIGTERM)
 
     def _supervised(self, tracker: Tracker | None, stop: checkpoint.StopSignal) -> bool:
@@ -101,11 +109,10 @@ class Run:
             checkpoint.load_weights(self.model, self.folder / "sft")  # the trainer copies its reference from here
         trainer = grpo.Trainer(
             self.model,
-            grpo_config(self.config),
-            prompts=self.job.prompts,
-            reward_funcs=self.job.reward,
+            grpo_options(self.config),
             processing_class=self.job.processing_class,
             accelerator=self.accelerator,
+            **self.seams,
         )
         if resumed:
             self._restore(trainer)
@@ -153,8 +160,32 @@ class Run:
             save_steps=self.config.save_steps,
             stop=stop,
             evaluate=evaluate,
-            eval_steps=self.config.eval_steps,
+            eval_steps=self.config.eval_steps or 0,
         )
+
+    def _seams(self) -> dict[str, Any]:
+        """The arguments of the trainer that the task, the method and the credit decide.
+
+        Raises:
+            InvalidDataError: traces or demonstrations that cannot be used.
+        """
+        config, options, tokenizer = self.config, grpo_options(self.config), self.job.processing_class
+        found: dict[str, Any] = {"prompts": self.job.prompts, "reward_funcs": self.job.reward}
+        if config.credit == "tempo":
+            found |= tempo.seams(config.tempo, options, accelerator=self.accelerator)
+        common = {"model": self.model, "processing_class": tokenizer, "accelerator": self.accelerator}
+        common["credit"] = found.get("credit")
+        if config.method == "prefix-rft":
+            found |= prefix_rft.seams(config.prefix_rft, options, **common)
+            found["rollout"].check(self.job.rows)
+        elif config.method == "pppo":
+            found |= pppo.seams(config.pppo, options, **common)
+        elif config.method == "prefix-rl":
+            assert config.traces is not None
+            traces = read_traces(config.traces, tokenizer=tokenizer)
+            found |= prefix_rl.seams(config.prefix_rl, options, traces=traces, model=self.model)
+            found["reward_funcs"] = prefix_rl.rewards_by_kind(self.job.reward)
+        return found
 
     def _description(self) -> str:
         trainable = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
@@ -176,6 +207,7 @@ class Run:
             "model": config.model or "Llama made for this run",
             "trainable parameters": f"{sum(p.numel() for p in self.model.parameters() if p.requires_grad):,}",
             "prompts × completions per step": f"{self._groups()} × {config.num_generations}",
+            "method, credit": f"{config.method}, {config.credit}",
             "loss": config.loss_type,
             "learning rate": f"{config.learning_rate} ({config.lr_scheduler_type})",
             "forward": "shared prefixes" if config.shared_prefix else "plain",
@@ -219,10 +251,15 @@ class Run:
 
 
 def _make_job(config: "Config") -> Job:
-    shots, prompts = config.shots or 0, config.eval_prompts
+    common: dict[str, Any] = {
+        "shots": config.shots or 0,
+        "eval_prompts": config.eval_prompts,
+        "seed": config.seed,
+        "demonstrations": config.method == "prefix-rft",
+    }
     if config.model is None or config.dataset is None:
-        return diallock_job(shots=shots, sft_steps=config.sft_steps or 0, eval_prompts=prompts, seed=config.seed)
-    return checkpoint_job(config.model, config.dataset, shots=shots, eval_prompts=prompts, seed=config.seed)
+        return diallock_job(sft_steps=config.sft_steps or 0, **common)
+    return checkpoint_job(config.model, config.dataset, **common)
 
 
 def _with_adapter(model: Any, config: "Config") -> Any:

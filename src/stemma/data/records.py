@@ -14,10 +14,11 @@ from stemma.errors import InvalidDataError
 
 @dataclass(frozen=True, slots=True)
 class PromptRecord:
-    """One prompt as text, with the answer a verifier compares with, or None where there is none."""
+    """One prompt as text; None where it has no answer for a verifier to compare with, or no demonstration."""
 
     prompt: str
     answer: str | None = None
+    demonstration: str | None = None
 
 
 def read_jsonl(path: str | PathLike[str]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -58,15 +59,20 @@ def text_field(path: str | PathLike[str], number: int, record: dict[str, Any], n
 
 
 def read_prompts(path: str | PathLike[str]) -> list[PromptRecord]:
-    """Records with a field `prompt` and, where it is present and not null, a field `answer`, both text.
+    """Records with a field `prompt` and, where present and not null, fields `answer` and `demonstration`, all text.
 
     Raises:
         InvalidDataError: see `read_jsonl` and `text_field`.
     """
+
+    def optional(number: int, record: dict[str, Any], name: str) -> str | None:
+        return None if record.get(name) is None else text_field(path, number, record, name)
+
     return [
         PromptRecord(
             prompt=text_field(path, number, record, "prompt"),
-            answer=None if record.get("answer") is None else text_field(path, number, record, "answer"),
+            answer=optional(number, record, "answer"),
+            demonstration=optional(number, record, "demonstration"),
         )
         for number, record in read_jsonl(path)
     ]

@@ -1,16 +1,23 @@
-"""Metrics as JSON lines, and the progress that a person sees: a bar on a terminal, else one plain line per step."""
+"""Metrics as JSON lines, and the progress that a person sees: a bar on a terminal, else one plain line per step.
 
+TensorBoard, trackio and Weights & Biases get the same numbers through the trackers of `accelerate.Accelerator`.
+"""
+
+import importlib.util
 import json
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from stemma.errors import InvalidDataError
+from stemma.errors import InvalidDataError, MissingExtraError
 
-__all__ = ["Tracker", "read_rows"]
+__all__ = ["Tracker", "make_accelerator", "read_rows", "start_trackers"]
+
+_PROJECT = "stemma"
+_EXTRAS = {"tensorboard": "track", "trackio": "track", "wandb": "wandb"}
 
 _SHOWN = (
     "eval/reward",
@@ -41,6 +48,46 @@ def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return rows
 
 
+def make_accelerator(report_to: Sequence[str], folder: str | os.PathLike[str]) -> Any:
+    """An `accelerate.Accelerator` with trackers of these names ("none" is none).
+
+    Args:
+        folder: the run folder; TensorBoard writes into `logs` below it.
+
+    Raises:
+        MissingExtraError: the package of a tracker is not installed (accelerate itself would leave it out in silence).
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import ProjectConfiguration
+
+    names = [name for name in report_to if name != "none"]
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise MissingExtraError(name, _EXTRAS[name], f"report_to={name}")
+    project = ProjectConfiguration(project_dir=os.fspath(folder), logging_dir=os.fspath(Path(folder) / "logs"))
+    return Accelerator(log_with=names or None, project_config=project)
+
+
+def start_trackers(
+    accelerator: Any, folder: str | os.PathLike[str], options: Mapping[str, Any], *, resume_after: int | None = None
+) -> None:
+    """Start the accelerator's trackers; the run is named after its folder.
+
+    Args:
+        options: settings of the run, for the tracker's own table of them.
+        resume_after: steps that a resumed run has done. TensorBoard hides later ones and trackio continues the run of
+            that name; Weights & Biases continues the run of `WANDB_RUN_ID`, where it is set, else it starts another.
+    """
+    name, folder = Path(folder).resolve().name, os.fspath(folder)
+    keywords: dict[str, dict[str, Any]] = {
+        "tensorboard": {} if resume_after is None else {"purge_step": resume_after + 1},
+        "trackio": {"name": name, "resume": "never" if resume_after is None else "allow"},
+        "wandb": {"name": name, "dir": folder},
+    }
+    plain = {key: v if isinstance(v, (bool, int, float, str)) else str(v) for key, v in options.items()}
+    accelerator.init_trackers(_PROJECT, config=plain, init_kwargs=keywords)
+
+
 class Tracker:
     """Appends one row per step to a JSONL file and shows progress.
 
@@ -50,6 +97,7 @@ class Tracker:
         total_steps: steps of the whole run, all phases.
         resume_after: steps of the whole run that are already done; None starts a new file.
         stream: where progress goes; standard error by default.
+        accelerator: its trackers get the finite numbers of each row too, as `phase/name`.
     """
 
     def __init__(
@@ -59,8 +107,9 @@ class Tracker:
         total_steps: int,
         resume_after: int | None = None,
         stream: TextIO | None = None,
+        accelerator: Any = None,
     ) -> None:
-        self.path = Path(path)
+        self.path, self._accelerator = Path(path), accelerator
         kept = []
         if resume_after is not None and self.path.exists():
             rows = _complete_rows(self.path)
@@ -82,6 +131,10 @@ class Tracker:
         """Write one row and show it. `step` counts within the phase, `global_step` over the run: steps done so far."""
         self._file.write(_dump({"phase": phase, "step": step, "global_step": global_step, **metrics}))
         self._file.flush()
+        if self._accelerator is not None:
+            named = {key if key.startswith(f"{phase}/") else f"{phase}/{key}": v for key, v in metrics.items()}
+            finite = {key: value for key, value in named.items() if math.isfinite(value)}
+            self._accelerator.log(finite, step=global_step)
         shown = {name: metrics[name] for name in _SHOWN if name in metrics}
         text = " ".join(f"{name.rpartition('/')[2]}={_short(value)}" for name, value in shown.items())
         if self._bar is not None:
