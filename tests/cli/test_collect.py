@@ -5,6 +5,7 @@ import os
 import shlex
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -178,6 +179,15 @@ def test_what_cannot_be_done_is_refused(
     monkeypatch.chdir(tmp_path)
     assert main(["collect", *options.split()]) == status
     assert told in capsys.readouterr().err
+
+
+def test_several_processes_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("accelerate.Accelerator", lambda: SimpleNamespace(num_processes=2))
+    assert main(["collect", f"--output={tmp_path / 'traces.jsonl'}"]) == 1
+    assert "the work of one process" in capsys.readouterr().err
+    assert not (tmp_path / "traces.jsonl").exists()
 
 
 def test_a_broken_file_is_refused_before_a_model_is_loaded(

@@ -110,6 +110,7 @@ def test_finished_problems_are_not_sampled_again(collect: Make, tmp_path: Path) 
     seen: list[Trace] = []
     traces = collect(problem_rows(2), generator=generator, on_trace=seen.append, **never)
     assert [call[1] for call in generator.calls] == [2, 2, 2, 1] * 2
+    assert len({tuple(call[2]["seed"]) for call in generator.calls}) == 8, "every round has random numbers of its own"
     assert seen == traces
     assert [(t.trace_ids, t.verified, t.samples) for t in traces] == [([], False, 7)] * 2
     assert collect(problem_rows(2), generator=generator, on_trace=seen.append, **never) == traces

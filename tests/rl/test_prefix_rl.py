@@ -236,6 +236,8 @@ def test_the_mixture_is_three_to_one_and_the_same_after_a_resume(make_trainer: M
     assert sum("prefix_ids" in row for row in epoch) == 24
     assert len({tuple(row["prompt_ids"]) for row in epoch if "prefix_ids" not in row}) == 8
     assert sum("prefix_ids" in row for row in epoch[:16]) < 16  # mixed, not one kind after the other
+    other = seams(Config(), make_trainer(seed=8).config, traces=oracle_traces(8), model=trainer.model)["prompts"]
+    assert other(0, 32) != epoch
     only = seams(Config(include_unprefixed=False), trainer.config, traces=oracle_traces(8), model=trainer.model)
     assert all("prefix_ids" in row for row in only["prompts"](0, 48))
 

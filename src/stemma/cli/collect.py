@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stemma.errors import InvalidDataError
+from stemma.errors import InvalidDataError, StemmaError
 
 if TYPE_CHECKING:
     from stemma.cli._train_jobs import Job
@@ -83,6 +83,9 @@ def main(config: Config) -> dict[str, Any]:
     from stemma.rl.prefix_rl import collect_traces
     from stemma.train.checkpoint import StopSignal
 
+    accelerator = Accelerator()
+    if accelerator.num_processes > 1:
+        raise StemmaError("a collection is the work of one process: several would write to one file; launch it alone")
     if config.output.exists() and not config.resume:
         raise InvalidDataError(f"'{config.output}' exists; continue it with --resume, or choose another --output")
     if config.resume and not config.output.exists():
@@ -95,7 +98,7 @@ def main(config: Config) -> dict[str, Any]:
     job = _make_job(settings)
     problems = _problems(job, config.limit)
     with StopSignal() as stop, _Progress(len(problems), done) as progress:
-        job.model.to(Accelerator().device)
+        job.model.to(accelerator.device)
         _warm_up(job, settings, stop)
         traces = collect_traces(
             job.model,
