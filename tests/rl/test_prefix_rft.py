@@ -103,8 +103,8 @@ def test_lengths_depend_on_the_seed_of_the_row_alone_and_fill_the_interval() -> 
     assert {own[0] for own in rollout.lengths(rows, range(400), 0)} <= {94, 95}
 
 
-@pytest.mark.parametrize("demonstration", [[], None, [4], [EOS]])
-def test_demonstrations_too_short_to_cut_give_plain_rows(demonstration: list[int] | None) -> None:
+@pytest.mark.parametrize("demonstration", [[], None, [4], [EOS], torch.tensor([4])], ids=str)
+def test_demonstrations_too_short_to_cut_give_plain_rows(demonstration: Any) -> None:
     generate = Recorded()
     PrefixSampling(Config(), total_steps=10, **LIMITS)(
         generate, [{"prompt_ids": [3], "demonstration_ids": demonstration}], 3, [1], 0
@@ -122,6 +122,7 @@ def test_a_group_needs_a_free_sample() -> None:
     ("row", "message"),
     [
         ({"demonstration_ids": [4, EOS, 5, 6]}, "end token 1 at position 1 of 4"),
+        ({"demonstration_ids": torch.tensor([4, EOS, 5])}, "end token 1 at position 1 of 3"),
         ({"demonstration_ids": [4, 5, 21]}, "contain 21; the model's 21 tokens have the ids 0..20"),
         ({"demonstration_ids": [4, -1]}, "contain -1"),
         ({"demonstration_ids": [4.5, 5]}, "contain 4.5"),
@@ -141,6 +142,7 @@ def test_demonstrations_that_cannot_be_used_are_refused(row: dict[str, Any], mes
 def test_checking_counts_the_rows_with_a_demonstration() -> None:
     rows = [*rows_with_demonstrations(0, 3), {"prompt_ids": [2]}, {"prompt_ids": [2], "demonstration_ids": []}]
     assert check_demonstrations(rows, **LIMITS) == 3
+    assert PrefixSampling(Config(), total_steps=10, **LIMITS).check(rows) == 3
     assert check_demonstrations([{"prompt_ids": [2], "demonstration_ids": [4] * 39 + [EOS]}], **LIMITS) == 1
 
 

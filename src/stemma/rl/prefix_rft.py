@@ -104,11 +104,11 @@ def check_demonstrations(
                 f"{where} contain {wrong!r}; the model's {vocab_size} tokens have the ids 0..{vocab_size - 1}. Encode "
                 "demonstrations with the tokenizer of the model that is trained"
             )
-        early = next((place for place, token in enumerate(ids[:-1]) if token in eos_token_id), None)
+        early = next((place for place, token in enumerate(ids[:-1]) if int(token) in eos_token_id), None)
         if early is not None:
             raise InvalidDataError(
-                f"{where} have the end token {ids[early]} at position {early} of {len(ids)}; a demonstration is one "
-                "completion, which ends with its only end token"
+                f"{where} have the end token {int(ids[early])} at position {early} of {len(ids)}; a demonstration is "
+                "one completion, which ends with its only end token"
             )
         if len(ids) > max_completion_length:
             raise InvalidDataError(
@@ -189,7 +189,8 @@ class PrefixSampling:
         low = ratio_low(step, self.total_steps, start=config.prefix_ratio_low_start, end=config.prefix_ratio_low_end)
         found = []
         for row, seed in zip(rows, seeds, strict=True):
-            size = len(row.get("demonstration_ids") or [])
+            demonstration = row.get("demonstration_ids")
+            size = 0 if demonstration is None else len(demonstration)
             draws = torch.rand(config.num_prefixed_generations, generator=stream(seed, "prefix-ratio"))
             ratios = (low + (config.prefix_ratio_high - low) * draws.double()).tolist()
             found.append([prefix_length(ratio, size) for ratio in ratios])
@@ -373,8 +374,8 @@ def seams(
             )
         if trainer.importance_sampling_level == "sequence":
             raise ValueError(
-                "prefix_advantage='reference' has two advantages in one row, which importance_sampling_level='sequence' "
-                "would mix; use prefix_advantage='group' or importance_sampling_level='token'"
+                "prefix_advantage='reference' has two advantages in one row, which the one ratio of "
+                "importance_sampling_level='sequence' would mix; use prefix_advantage='group' or level 'token'"
             )
         arguments["credit"] = ReferenceCredit(trainer.scale_rewards)
     elif credit is not None:
