@@ -49,6 +49,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         "max_tokens",
         "min_shared",
     ),
+    "run": ("seeds", "output_dir", "cache_dir", "quick", "method"),
     "train": (
         *("model", "dataset", "output_dir", "resume", "sft_steps", "sft_learning_rate", "shots", "max_steps"),
         *("num_generations", "per_device_train_batch_size", "gradient_accumulation_steps", "num_iterations"),

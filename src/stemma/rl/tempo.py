@@ -45,6 +45,7 @@ from stemma.rl._credit import GroupCredit
 from stemma.rl._losses import group_relative, leave_one_out, reward_scale
 from stemma.rl._shared import RolloutBatch
 from stemma.rl._value_tree import ValueTree, reference_states
+from stemma.train.recipe import Options
 
 __all__ = ["Config", "TreeCredit", "ValueTree", "reference_states", "seams", "tree_td_advantages"]
 
@@ -137,3 +138,10 @@ def seams(config: Config, trainer: TrainerConfig, *, accelerator: Any = None) ->
         coefficient=config.tree_td_coef,
     )
     return {"credit": credit}
+
+
+def run(options: Options) -> dict[str, Any]:
+    """The reproduction behind `stemma run tempo`."""
+    from stemma.rl._recipe_tempo import reproduce
+
+    return reproduce(options)

@@ -1,0 +1,64 @@
+"""Reproduce a method's claims at laptop scale: baseline and method side by side, with seeds, a table and a plot.
+
+Without a method: the list of reproductions. All runs of a reproduction start from one small policy, made here and kept
+in --cache-dir, and sample equally many tokens. The output folder gets METHOD.md (the table "the paper's claim, measured
+here"), METHOD.png (curves), METHOD.json and, under runs/, every finished run: a reproduction that was interrupted goes
+on with the next one.
+"""
+
+import ast
+import difflib
+import sys
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from stemma.train.recipe import Options
+
+__all__ = ["Config", "main", "recipes"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Options):
+    """Flags of `stemma run`."""
+
+    method: Annotated[str | None, tyro.conf.Positional] = None
+    """The method; none: the list."""
+
+
+def recipes() -> dict[str, tuple[str, str]]:
+    """Reproductions by name: the module, and the first line of its docstring. Found by their place (a method's file
+    with a function `run`), without importing them."""
+    found = {}
+    (package,) = import_module("stemma").__path__
+    for path in sorted(Path(package).glob("*/*.py")):
+        if path.parent.name != "cli" and not path.stem.startswith("_"):
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            if any(isinstance(node, ast.FunctionDef) and node.name == "run" for node in tree.body):
+                summary = (ast.get_docstring(tree) or "").partition("\n")[0]
+                found[path.stem.replace("_", "-")] = (f"stemma.{path.parent.name}.{path.stem}", summary)
+    return found
+
+
+def main(config: Config) -> dict[str, Any]:
+    """List the reproductions, or run one; the result is what METHOD.json holds."""
+    known = recipes()
+    if config.method is None:
+        width = max(map(len, known), default=0)
+        print("\n".join(f"{name:<{width}}  {summary}" for name, (_, summary) in known.items()))
+        return {"recipes": {name: summary for name, (_, summary) in known.items()}}
+    if config.method not in known:
+        near = difflib.get_close_matches(config.method, known, n=1, cutoff=0.4)
+        hint = f" Did you mean `stemma run {near[0]}`?" if near else ""
+        print(
+            f"stemma run: no reproduction of '{config.method}'.{hint}\nRun `stemma run` for the list.", file=sys.stderr
+        )
+        return {"error": f"unknown method '{config.method}'", "exit_status": 2}
+    module = import_module(known[config.method][0])
+    options = Options(seeds=config.seeds, output_dir=config.output_dir, cache_dir=config.cache_dir, quick=config.quick)
+    result: dict[str, Any] = module.run(options)
+    print(Path(result["files"]["md"]).read_text(encoding="utf-8"))
+    return result
