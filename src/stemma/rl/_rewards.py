@@ -7,7 +7,7 @@ from typing import Any
 from stemma.errors import InvalidDataError
 from stemma.rl._shared import Reward, RolloutBatch, Row
 
-__all__ = ["score_completions"]
+__all__ = ["question_and_beginning", "score_completions"]
 
 
 def score_completions(
@@ -28,7 +28,7 @@ def score_completions(
             is no number. The message names the function and the sample.
     """
     group = batch.group_id.tolist()
-    asked, begun = zip(*map(_question_and_beginning, rows), strict=True)
+    asked, begun = zip(*map(question_and_beginning, rows), strict=True)
     completion_ids = [begun[g] + ids for g, ids in zip(group, batch.completions(), strict=True)]
     prompts = [str(row["prompt"]) if "prompt" in row else decode(ids) for row, ids in zip(rows, asked, strict=True)]
     arguments: dict[str, list[Any]] = {
@@ -42,7 +42,7 @@ def score_completions(
     return [_call_reward(function, arguments) for function in rewards]
 
 
-def _question_and_beginning(row: Row) -> tuple[list[int], list[int]]:
+def question_and_beginning(row: Row) -> tuple[list[int], list[int]]:
     """Token ids of a row's question, and of the beginning of its answer."""
     prompt, prefix = list(row["prompt_ids"]), list(row.get("prefix_ids") or [])
     if prefix and (prompt[-len(prefix) :] != prefix or len(prefix) == len(prompt)):

@@ -26,9 +26,19 @@ Differences from stock TRL to know about:
 - Images and other multimodal inputs, active dropout, `use_liger_kernel` and `use_transformers_continuous_batching` are
   refused by name. (TRL's `disable_dropout` reaches dropout layers, but not an `attention_dropout` of the config.)
 
-The one argument of its own is `max_tokens`, the most tokens in one forward: a slice with more distinct tokens is
-streamed, in memory independent of the number of completions. Choose `per_device_train_batch_size` as a multiple of
-`num_generations`: a group that is cut between two slices has its prompt encoded in both.
+Two arguments are its own. `max_tokens` is the most tokens in one forward: a slice with more distinct tokens is
+streamed, in memory independent of the number of completions. `tree_td_coef` (`GRPOTrainer` only; TEMPO: 1.0, None: off)
+adds the temporal differences of each group's prefix tree to TRL's advantages; see `stemma.rl.tempo`. Where nothing
+branches, and in the table of logged completions, TRL's advantages stay as they are, to the bit. Options under which the
+credit of a token would not reach this token are refused by name.
+
+Rows may give their prompt as token ids, in the format of Stemma's own trainer: with a column `prompt_ids` nothing is
+tokenized again, and `prompt` is optional (the decoded question). Where `prefix_ids` holds the tail of `prompt_ids` that
+belongs to the answer (PrefixRL), reward functions get it as the beginning of the completion, and `prompt_ids` without
+it; rows for evaluation must have none. The rows of `stemma.rl.prefix_rl.build_prefixed_problems` are of this format.
+
+Choose `per_device_train_batch_size` as a multiple of `num_generations`: a group that is cut between two slices has its
+prompt encoded in both.
 
 Source of the idea: "Prefix Grouper: Efficient GRPO Training through Shared-Prefix Forward", 2025, arXiv 2506.05433.
 """
@@ -40,6 +50,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from stemma.errors import MissingExtraError, StemmaError
+from stemma.rl._trl_rows import TokenPrompts, TreeCredit, refuse_tree_credit
 
 if TYPE_CHECKING:
     import torch
@@ -50,20 +61,32 @@ __all__ = ["GRPOTrainer", "RLOOTrainer"]
 TESTED_VERSIONS = ">=1.16,<1.17"
 """The releases of TRL that the contract tests of this module run against; others are refused."""
 
-_Trainer: Any = object  # TRL's class follows in the bases of the classes made below
+_SEAMS = (
+    "_prepare_inputs",
+    "_get_per_token_logps_and_entropies",
+    "_generate_and_score_completions",
+    "_tokenize_prompts",
+    "_calculate_rewards",
+    "_set_signature_columns_if_needed",
+)
+"""TRL's private methods that are overridden here and in `_trl_rows`."""
 
 
-class _SharedPrefix(_Trainer):
+class _SharedPrefix(TreeCredit, TokenPrompts):
     """What both trainers change. Mixed in before TRL's class; the overridden methods are TRL's private seams."""
 
     _buffered_inputs: Any  # TRL's: the slices of the current generation batch
 
-    def __init__(self, *args: Any, max_tokens: int | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, max_tokens: int | None = None, tree_td_coef: float | None = None, **kwargs: Any
+    ) -> None:
         from stemma.models.adapter import enable
 
         super().__init__(*args, **kwargs)
-        self.max_tokens = max_tokens
+        self.max_tokens, self.tree_td_coef = max_tokens, tree_td_coef
         _refuse_what_cannot_be_shared(self)
+        if tree_td_coef is not None:
+            refuse_tree_credit(self)
         enable(self.model)
         if self.ref_model is not None:
             # The same architecture, which has just passed; here accelerate may already have added autocast to it.
@@ -246,7 +269,7 @@ def _tested_trainer(name: str) -> type:
             f"stemma.rl.trl is tested with trl{TESTED_VERSIONS}, and trl {trl.__version__} is installed; {remedy}"
         )
     trainer: type = getattr(trl, name)
-    for seam in ("_prepare_inputs", "_get_per_token_logps_and_entropies"):
+    for seam in _SEAMS:
         replaced = getattr(trainer, seam, None)
         found = list(inspect.signature(replaced).parameters.values()) if replaced else []
         ours = list(inspect.signature(getattr(_SharedPrefix, seam)).parameters.values())
