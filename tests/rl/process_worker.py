@@ -34,8 +34,9 @@ def generator(model: Any, prompts: list[list[int]], /, *, num_generations: int, 
     )
 
 
-def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
-    return [sum(ids) % 13 / 13 for ids in completion_ids]
+def reward(completion_ids: list[list[int]], prompt_ids: list[list[int]], **_: Any) -> list[float]:
+    """Completions of some prompts all get the same."""
+    return [0.5 if prompt[0] % 3 == 0 else sum(ids) % 13 / 13 for prompt, ids in zip(prompt_ids, completion_ids)]
 
 
 def main(output: str, per_device: int, options: str) -> None:

@@ -37,8 +37,12 @@ def flat(value: Any) -> list[float]:
     [
         {"loss_type": "dapo", "num_iterations": 2, "epsilon": 1e-4, "entropy_coef": 0.01},
         {"loss_type": "grpo", "scale_rewards": "batch", "beta": 0.1},
+        {
+            **{"dynamic_sampling": True, "max_generation_batches": 3, "soft_punish_cache": 3, "credit": "rloo"},
+            **{"importance_sampling_correction": True, "importance_sampling_mode": "token_truncate"},
+        },
     ],
-    ids=["dapo", "grpo"],
+    ids=["dapo", "grpo", "dynamic"],
 )
 def test_two_processes_train_like_one(tmp_path: Path, options: dict[str, Any]) -> None:
     one = run(tmp_path / "one.json", 1, 16, options)
