@@ -17,6 +17,11 @@ Normalizer = Literal["all", "kept"]
 TooLong = Literal["error", "skip"]
 
 
+def _require(options: Any, name: str, valid: bool, expected: str) -> None:
+    if not valid:
+        raise ValueError(f"{name} must be {expected}; got {getattr(options, name)!r}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Options of `Trainer`. Where TRL 1.16's `GRPOConfig` has the concept, name and meaning are TRL's."""
@@ -123,83 +128,89 @@ class Config:
         names = ("loss_type", "credit", "scale_rewards", "importance_sampling_level", "lr_scheduler_type")
         for name in (*names, "kl_estimator", "importance_sampling_mode"):
             allowed = get_args(hints[name])
-            self._require(name, getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
+            _require(self, name, getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
         for name in ("max_steps", "max_completion_length", "gradient_accumulation_steps", "num_iterations"):
-            self._require(name, getattr(self, name) >= 1, "at least 1")
+            _require(self, name, getattr(self, name) >= 1, "at least 1")
         for name in ("learning_rate", "weight_decay", "max_grad_norm", "beta"):
-            self._require(name, getattr(self, name) >= 0, "at least 0")
+            _require(self, name, getattr(self, name) >= 0, "at least 0")
         for name in ("warmup_steps", "top_k", "compare_every"):
-            self._require(name, getattr(self, name) >= 0, "at least 0")
+            _require(self, name, getattr(self, name) >= 0, "at least 0")
         for name in ("adam_beta1", "adam_beta2"):
-            self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
-        self._require("num_generations", self.num_generations >= 2, "at least 2: advantages compare within a group")
-        self._require("temperature", self.temperature > 0, "above 0")
-        self._require("top_p", 0 < self.top_p <= 1, "in (0, 1]")
+            _require(self, name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        _require(self, "num_generations", self.num_generations >= 2, "at least 2: advantages compare within a group")
+        _require(self, "temperature", self.temperature > 0, "above 0")
+        _require(self, "top_p", 0 < self.top_p <= 1, "in (0, 1]")
         size = self.per_device_train_batch_size
-        self._require(
+        _require(
+            self,
             "per_device_train_batch_size",
             size >= 1 and size % self.num_generations == 0,
             f"a positive multiple of num_generations={self.num_generations}: it counts completions, and groups stay "
             "whole",
         )
-        self._require(
+        _require(
+            self,
             "steps_per_generation",
             self.steps_per_generation is None
             or (self.steps_per_generation >= 1 and self.steps_per_generation % self.gradient_accumulation_steps == 0),
             f"a positive multiple of gradient_accumulation_steps={self.gradient_accumulation_steps}",
         )
-        self._require("epsilon", 0 < self.epsilon < 1, "in (0, 1)")
+        _require(self, "epsilon", 0 < self.epsilon < 1, "in (0, 1)")
         if self.loss_type == "cispo":
-            self._require(
+            _require(
+                self,
                 "epsilon_high",
                 self.epsilon_high is not None and self.epsilon_high >= 1,
                 "the ceiling of the weight, at least 1, for loss_type=cispo (ScaleRL: 5.0)",
             )
-            self._require("delta", self.delta is None, "None for loss_type=cispo, which does not use it")
+            _require(self, "delta", self.delta is None, "None for loss_type=cispo, which does not use it")
         else:
-            self._require("epsilon_high", self.epsilon_high is None or self.epsilon_high > 0, "above 0, or None")
+            _require(self, "epsilon_high", self.epsilon_high is None or self.epsilon_high > 0, "above 0, or None")
             high = self.epsilon if self.epsilon_high is None else self.epsilon_high
-            self._require(
-                "delta", self.delta is None or self.delta > 1 + high, f"above 1 + epsilon_high = {1 + high}, or None"
+            _require(
+                self,
+                "delta",
+                self.delta is None or self.delta > 1 + high,
+                f"above 1 + epsilon_high = {1 + high}, or None",
             )
-        self._require("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1, or None")
-        self._require(
+        _require(self, "max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1, or None")
+        _require(
+            self,
             "scale_rewards",
             self.credit != "rloo" or self.scale_rewards != "batch",
             "none for credit=rloo, which does not divide (the default, group, is ignored)",
         )
-        self._require(
+        _require(
+            self,
             "kl_estimator",
             self.kl_estimator != "k1" or self.use_bias_correction_kl,
             "k2 or k3 for use_bias_correction_kl=False: the gradient of k1 alone has expectation zero",
         )
-        self._require(
+        _require(
+            self,
             "soft_punish_cache",
             0 <= self.soft_punish_cache <= self.max_completion_length,
             f"in [0, max_completion_length={self.max_completion_length}]",
         )
-        self._require("max_generation_batches", self.max_generation_batches >= 2, "at least 2: one draws nothing anew")
+        _require(self, "max_generation_batches", self.max_generation_batches >= 2, "at least 2: one draws nothing anew")
         self._check_importance_sampling_bounds()
 
     def _check_importance_sampling_bounds(self) -> None:
         low, high = self.importance_sampling_clip_min, self.importance_sampling_clip_max
-        self._require("importance_sampling_clip_max", high is None or high > 0, "above 0, or None")
-        self._require("importance_sampling_clip_min", low is None or low >= 0, "at least 0, or None")
-        self._require(
+        _require(self, "importance_sampling_clip_max", high is None or high > 0, "above 0, or None")
+        _require(self, "importance_sampling_clip_min", low is None or low >= 0, "at least 0, or None")
+        _require(
+            self,
             "importance_sampling_clip_min",
             low is None or high is None or low < high,
             f"below importance_sampling_clip_max={high}",
         )
-        self._require(
+        _require(
+            self,
             "importance_sampling_mode",
             low is not None or high is not None or self.importance_sampling_mode.endswith("_mask"),
             "token_mask or sequence_mask without importance_sampling_clip_max and importance_sampling_clip_min",
         )
-
-    def _require(self, name: str, valid: bool, expected: str) -> None:
-        if not valid:
-            value: Any = getattr(self, name)
-            raise ValueError(f"{name} must be {expected}; got {value!r}")
 
     @property
     def micro_batches_per_generation(self) -> int:
@@ -266,11 +277,6 @@ class PPPOConfig:
         _require(self, "eta_patience", self.eta_patience >= 1, "at least 1")
         _require(self, "num_continuations", self.num_continuations >= 0, "at least 0")
         _require(self, "normalizer", self.normalizer in get_args(Normalizer), "all or kept")
-
-
-def _require(options: Any, name: str, valid: bool, expected: str) -> None:
-    if not valid:
-        raise ValueError(f"{name} must be {expected}; got {getattr(options, name)!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
