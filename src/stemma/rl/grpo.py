@@ -7,11 +7,13 @@ repeat one prompt, and often each other's beginnings: the forward and backward r
 micro-batch, in which every shared token appears once, with the same result.
 
 Source: DeepSeekMath (2024, arXiv 2402.03300); variants Dr. GRPO (2503.20783), DAPO (2503.14476), GSPO (2507.18071),
-CISPO (2506.13585); Prefix Grouper (2506.05433) for encoding the prompt once.
+CISPO (2506.13585), RLOO (2402.14740), see `_losses` and `_dynamic`; Prefix Grouper (2506.05433) for encoding the prompt
+once.
 
 What we changed: the denominators of every loss but bnpo are those of the whole optimiser batch over all processes, so
 accumulation and process count do not change the loss; a group is never split between micro-batches or processes;
-prompts are token ids and never travel through text. Option names and meanings follow TRL 1.16's `GRPOConfig`.
+prompts are token ids and never travel through text. Option names and meanings follow TRL 1.16's `GRPOConfig`, without
+the prefix ``vllm_`` where any sampler is meant.
 
 Not here: parameters sharded over processes.
 """
@@ -32,7 +34,7 @@ from stemma.models.scoring import Mode
 from stemma.rl._config import Config
 from stemma.rl._credit import GroupCredit
 from stemma.rl._experience import Experience
-from stemma.rl._losses import token_weights
+from stemma.rl._losses import soft_overlong_punishment, token_weights
 from stemma.rl._shared import (
     Credit,
     LossMask,
@@ -51,7 +53,7 @@ from stemma.rl._update import Pass, Policy, comparison
 from stemma.train.distributed import broadcast_parameters, sum_gradients, sum_over_processes
 from stemma.train.optimizer import adamw, apply_gradients, schedule
 
-__all__ = ["Config", "RolloutBatch", "ShuffledRows", "Trainer"]
+__all__ = ["Config", "RolloutBatch", "ShuffledRows", "Trainer", "soft_overlong_punishment"]
 
 
 class Trainer:
