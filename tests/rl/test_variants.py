@@ -200,6 +200,11 @@ def test_accumulation_does_not_change_the_run(make_trainer: Make, options: dict)
     assert_same_run(whole, split)
 
 
+@pytest.mark.parametrize("options", VARIANTS, ids=lambda o: "-".join(map(str, list(o.values())[:3])))
+def test_a_token_budget_does_not_change_the_run(make_trainer: Make, options: dict) -> None:
+    assert_same_run(make_trainer(**options), make_trainer(max_tokens=80, **options), steps=2)
+
+
 def test_rloo_subtracts_the_mean_of_the_others(make_trainer: Make) -> None:
     trainer = make_trainer(credit="rloo")
     trainer.step()
