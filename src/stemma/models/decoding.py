@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from stemma.errors import UnsupportedModelError
+from stemma.models.group_attention import GroupAttention, group_attention
 from stemma.models.sampling import StopCondition, TokenSampler, sampling_dtype
 
 if TYPE_CHECKING:
@@ -39,13 +40,19 @@ class Decoder:
 
     def __call__(self, prompts: list[list[int]], beginnings: list[list[int]], uniform_BGT: Tensor) -> None:
         """Decode G rows of each prompt, with the forced beginning and the random numbers of each row."""
+        with group_attention(self.forward.model, uniform_BGT.shape[2]) as attention:
+            self._decode(attention, prompts, beginnings, uniform_BGT)
+
+    def _decode(
+        self, attention: GroupAttention, prompts: list[list[int]], beginnings: list[list[int]], uniform_BGT: Tensor
+    ) -> None:
         device, longest = self.device, max(map(len, prompts))
         max_new_tokens = uniform_BGT.shape[2]
         uniform_NT = uniform_BGT.flatten(0, 1).to(device)
         forced_NT = torch.full((len(beginnings), max_new_tokens), -1, device=device)
         for row, ids in enumerate(beginnings):
             forced_NT[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64, device=device)
-        logits_NV, cache, lengths_N = self._prefill(prompts, uniform_BGT.shape[1], max_new_tokens)
+        logits_NV, cache, lengths_N = self._prefill(attention, prompts, uniform_BGT.shape[1], max_new_tokens)
         mask_NL = torch.arange(longest + max_new_tokens, device=device) >= longest - lengths_N[:, None]
         mask_NL = mask_NL.long()
 
@@ -77,6 +84,7 @@ class Decoder:
                 break
             if len(alive) < len(rows):
                 cache.batch_select_indices(alive)
+                attention.select(alive)
                 rows, tokens, mask_NL = rows[alive], tokens[alive], mask_NL[alive]
             positions_N1 = (lengths_N[rows] + step)[:, None]
             logits_N1V, cache = self.forward(tokens[:, None], mask_NL[:, : longest + step + 1], positions_N1, cache, 1)
@@ -87,7 +95,9 @@ class Decoder:
         self.logprobs += [row[:count].clone() for row, count in zip(logprobs_NT.cpu(), counts)]
         self.finished += finished_N.tolist()
 
-    def _prefill(self, prompts: list[list[int]], num_generations: int, room: int) -> tuple[Tensor, Cache, Tensor]:
+    def _prefill(
+        self, attention: GroupAttention, prompts: list[list[int]], num_generations: int, room: int
+    ) -> tuple[Tensor, Cache, Tensor]:
         """Last logits (N, V), cache and length (N,) of the prompt of every row; equal prompts are encoded once."""
         distinct = list(dict.fromkeys(map(tuple, prompts)))
         self.prefilled_tokens += sum(map(len, distinct))
@@ -102,7 +112,8 @@ class Decoder:
         number = {prompt: index for index, prompt in enumerate(distinct)}
         source_B = torch.tensor([number[tuple(prompt)] for prompt in prompts], device=self.device)
         source_N = source_B.repeat_interleave(num_generations)
-        _spread(cache, source_N, room)
+        if not attention.adopt(cache, lengths_B, source_N):
+            _spread(cache, source_N, room)
         return logits_B1V[source_N, 0], cache, lengths_B[source_N]
 
 
