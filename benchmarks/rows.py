@@ -15,18 +15,18 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-SECTIONS = ("speed", "exactness", "memory", "streaming", "long_tree", "bf16")
+SECTIONS = ("speed", "exactness", "memory", "streaming", "long_tree", "bf16", "rollout")
 
 Row = dict[str, Any]
 _KEY = ("workload", "method", "metric", "baseline", "threads", "dtype")
 
 
 class Recorder:
-    """Collects the rows of one run; machine, versions, commit and date are the same in all of them."""
+    """Collects the rows of one run; `common` (machine, versions, commit, date) is the same in all of them."""
 
     def __init__(self, threads: int) -> None:
         self.rows: dict[str, list[Row]] = {section: [] for section in SECTIONS}
-        self._common = {
+        self.common = {
             "threads": threads,
             "machine": {"cpu": _cpu_model(), "cores": os.cpu_count()},
             "versions": _versions(),
@@ -64,7 +64,7 @@ class Recorder:
             "baseline_value": None if baseline_value is None else _rounded(baseline_value),
             "dtype": dtype,
             "shapes": shapes or {},
-            **self._common,
+            **self.common,
         }
         self.rows[section].append(row)
         return row

@@ -26,7 +26,7 @@ from stemma.train import sft
 from stemma.train.recipe import Options, Runs, fingerprint
 from stemma.train.seeds import stream_seed
 
-__all__ = ["QUICK_BASE", "BasePolicy", "Study", "Task"]
+__all__ = ["QUICK_BASE", "BasePolicy", "Study", "Task", "hard_study", "plain_rows"]
 
 Seams = Callable[[nn.Module, Config], Mapping[str, Any]]
 """``seams(model, config)``: what a method plugs into the trainer."""
@@ -308,12 +308,29 @@ class Study:
             optimised += steps[-1]["tokens/optimised"]
         problems = len(self.task.held_out(self.eval_problems))
         final = {"pass@1": curve[-1]["pass@1"], "samples": problems * self.final_samples}
-        account = {"steps": len(steps), "per_step": _per_step(steps), "totals": _sums(steps)}
+        parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+        account = {"parameters": parameters, "steps": len(steps), "per_step": _per_step(steps), "totals": _sums(steps)}
         return {"curve": curve, "final": final, **account}
 
 
+def hard_study(name: str, options: Options) -> Study:
+    """Far problems without slack, which the policy solves about once in two hundred attempts."""
+    return Study(
+        name=name,
+        base=BasePolicy(noise=0.65),
+        task=Task(min_distance=14, max_distance=18, slack=0, num_problems=48),
+        budget=350_000,
+        trainer=Config(
+            num_generations=8, per_device_train_batch_size=64, learning_rate=2e-4, lr_scheduler_type="constant"
+        ),
+        final_samples=10,
+        options=options,
+    ).for_options()
+
+
 def _sums(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    return {name: sum(step[name] for step in steps) for name in steps[0] if name.startswith("tokens/")}
+    names = {name: None for step in steps for name in step if name.startswith("tokens/")}
+    return {name: sum(step[name] for step in steps) for name in names}
 
 
 def _per_step(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -44,6 +44,7 @@ from stemma.rl._config import EntropyScope, ScaleRewards
 from stemma.rl._config import PrefixRFTConfig as Config
 from stemma.rl._losses import group_relative
 from stemma.rl._shared import Credit, Generate, RolloutBatch, Row, end_token_ids, mean_of
+from stemma.train.recipe import Options
 from stemma.train.seeds import stream
 
 __all__ = [
@@ -381,3 +382,10 @@ def seams(
     elif credit is not None:
         arguments["credit"] = credit
     return arguments
+
+
+def run(options: Options) -> dict[str, Any]:
+    """The reproduction behind `stemma run prefix-rft`."""
+    from stemma.rl._recipe_prefix_rft import reproduce
+
+    return reproduce(options)

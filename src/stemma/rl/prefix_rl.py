@@ -43,6 +43,7 @@ from stemma.rl._config import PrefixRLConfig as Config
 from stemma.rl._config import TooLong
 from stemma.rl._rewards import score_completions
 from stemma.rl._shared import Reward, Row, ShuffledRows, end_token_ids, sample
+from stemma.train.recipe import Options
 from stemma.train.seeds import stream_seed
 
 __all__ = ["Config", "PrefixedProblems", "build_prefixed_problems", "collect_traces", "rewards_by_kind", "seams"]
@@ -350,3 +351,10 @@ def rewards_by_kind(reward: Reward) -> list[Reward]:
         return scored
 
     return [of_kind("prefixed", True), of_kind("plain", False)]
+
+
+def run(options: Options) -> dict[str, Any]:
+    """The reproduction behind `stemma run prefix-rl`."""
+    from stemma.rl._recipe_prefix_rl import reproduce
+
+    return reproduce(options)

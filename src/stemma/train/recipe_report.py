@@ -65,10 +65,10 @@ class Report:
         name: the method's name.
         title: heading.
         about: facts of the setting, for people.
-        budget: sampled tokens over which the area under a curve is taken.
+        budget: sampled tokens over which the area under a curve is taken; None: it is not.
     """
 
-    def __init__(self, name: str, title: str, about: Mapping[str, Any], budget: float) -> None:
+    def __init__(self, name: str, title: str, about: Mapping[str, Any], budget: float | None = None) -> None:
         self.name, self.title, self.about, self.budget = name, title, dict(about), budget
         self.runs: dict[str, list[Run]] = {}
         self.measurements: list[Measurement] = []
@@ -81,10 +81,10 @@ class Report:
         """Final pass@1 of each seed."""
         return [run["final"]["pass@1"] for run in self.runs[method]]
 
-    def areas(self, method: str, x: str = "sampled", end: float | None = None) -> list[float]:
-        """Area under each seed's curve of pass@1 against `x`, over [0, end], divided by `end`."""
-        end = self.budget if end is None else end
-        return [area([(point[x], point["pass@1"]) for point in run["curve"]], end) for run in self.runs[method]]
+    def areas(self, method: str) -> list[float]:
+        """Area under each seed's curve of pass@1 against sampled tokens, over [0, budget], divided by the budget."""
+        curves = [[(point["sampled"], point["pass@1"]) for point in run["curve"]] for run in self.runs[method]]
+        return [area(curve, self.budget) for curve in curves] if self.budget is not None else []
 
     def record(self, method: str, metric: str, value: float, **others: Any) -> None:
         """Add one measurement."""

@@ -1,0 +1,96 @@
+"""Rows and page of the reproductions: `python benchmarks/recipes.py tempo prefix-rft prefix-rl pppo`.
+
+Runs each of them as `stemma run` does (finished runs are not repeated), keeps its measurements in
+`results/rl_<method>.jsonl` and its plot in `docs/figures/`, and makes docs/rl-recipes.md from all rows. Without a
+method: only the page. `--check` writes nothing and exits with status 1 when the page is not what the rows say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from benchmarks.recipe_notes import INTRODUCTION, NOTES  # noqa: E402
+from benchmarks.rows import RESULTS, Recorder, Row, load, write_atomically  # noqa: E402
+from benchmarks.tables import prose  # noqa: E402
+from stemma.train.recipe import Options  # noqa: E402
+from stemma.train.recipe_report import tables  # noqa: E402
+
+PAGE, FIGURES = ROOT / "docs" / "rl-recipes.md", ROOT / "docs" / "figures"
+METHODS = ("tempo", "prefix-rft", "prefix-rl", "pppo")
+
+
+def rows_of(report: dict[str, Any], common: dict[str, Any]) -> list[Row]:
+    """One row per measurement of a report."""
+    found = []
+    for measurement in report["measurements"]:
+        value, error = measurement["value"], measurement["error"]
+        spread = None if error is None else [value - error, value + error]
+        about = {"recipe": report["recipe"], "title": report["title"], "shapes": report["about"]}
+        found.append({**about, **measurement, "spread": spread, **common})
+    return found
+
+
+def save(report: dict[str, Any], folder: Path, figures: Path) -> None:
+    """Write the rows and the plot of one reproduction."""
+    name = report["recipe"]
+    rows = rows_of(report, Recorder(threads=1).common)
+    write_atomically(folder / f"rl_{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    temporary = figures / f".rl-{name}.tmp"
+    shutil.copyfile(report["files"]["png"], temporary)
+    os.replace(temporary, figures / f"rl-{name}.png")
+
+
+def page(folder: Path = RESULTS) -> str:
+    """docs/rl-recipes.md."""
+    parts = ["<!-- Made by benchmarks/recipes.py from benchmarks/results; do not edit. -->\n# Reproductions"]
+    parts += [prose(paragraph) for paragraph in INTRODUCTION]
+    for name in METHODS:
+        rows = load(folder / f"rl_{name}.jsonl")
+        if rows:
+            first = rows[0]
+            versions, machine = first["versions"], first["machine"]
+            parts += [f"## {first['title']}", *(prose(paragraph) for paragraph in NOTES.get(name, ()))]
+            parts += [f"![pass@1 against sampled and optimised tokens](figures/rl-{name}.png)"]
+            parts += tables(rows, first["shapes"])
+            parts.append(
+                prose(
+                    f"""{machine["cpu"]}, one thread; torch {versions["torch"]}, transformers
+                    {versions["transformers"]}; commit {first["commit"][:7]}{"+" if first["dirty"] else ""};
+                    {first["date"]}."""
+                )
+            )
+    return "\n\n".join(parts) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("methods", nargs="*", help="reproductions to run; none: only the page")
+    parser.add_argument("--output-dir", type=Path, default=Options.output_dir)
+    parser.add_argument("--cache-dir", type=Path, default=Options.cache_dir)
+    parser.add_argument("--check", action="store_true", help="only compare; status 1 when the page is stale")
+    given = parser.parse_args(arguments)
+    if given.check:
+        stale = PAGE.read_text(encoding="utf-8") != page()
+        if stale:
+            print(f"{PAGE.relative_to(ROOT)} is not what the result rows say; run: python benchmarks/recipes.py")
+        sys.exit(stale)
+    for name in given.methods:
+        module = importlib.import_module(f"stemma.rl.{name.replace('-', '_')}")
+        save(module.run(Options(output_dir=given.output_dir, cache_dir=given.cache_dir)), RESULTS, FIGURES)
+    write_atomically(PAGE, page())
+
+
+if __name__ == "__main__":
+    main()
