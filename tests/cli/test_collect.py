@@ -119,6 +119,20 @@ def test_ctrl_c_stops_after_the_round_and_resume_goes_on_to_the_same_file(
     assert path.read_bytes() == expected
 
 
+def test_training_never_gives_the_final_answer_away(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments, "--max-samples=8"]) == 0
+    model, dataset, output = (argument.partition("=")[2] for argument in arguments[1:4])
+    train = ["train", f"--model={model}", f"--dataset={dataset}", "--method=prefix-rl", f"--traces={output}"]
+    train += ["--num-generations=2", "--per-device-train-batch-size=4", "--max-steps=1", "--max-completion-length=10"]
+    train += ["--eval-prompts=0", f"--output-dir={tmp_path / 'run'}"]
+    # Of the eight tokens of a trace, the seventh is the digit that is asked for.
+    assert main([*train, "--prefix-rl.prefix-ratio-min=0.8", "--prefix-rl.prefix-ratio-max=0.9"]) == 1
+    assert "too short to be cut" in capsys.readouterr().err
+    assert main([*train, "--prefix-rl.prefix-ratio-min=0.7", "--prefix-rl.prefix-ratio-max=0.9"]) == 0
+
+
 def test_a_larger_limit_adds_problems(arguments: list[str], tmp_path: Path) -> None:
     path = tmp_path / "new" / "traces.jsonl"
     assert main([*arguments, "--limit=2"]) == 0

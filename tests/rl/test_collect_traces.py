@@ -132,6 +132,12 @@ def test_a_completion_that_was_cut_off_is_no_success(collect: Make) -> None:
     assert traces[0].trace_ids == [4, EOS]
 
 
+def test_a_part_of_the_reward_is_no_success(collect: Make) -> None:
+    generator = Scripted(lambda prompt, index: [3 + index, EOS])
+    traces = collect(problem_rows(1), lambda completions, **_: [0.9, 1.0], generator=generator)
+    assert traces[0].trace_ids == [4, EOS]
+
+
 def test_a_completion_without_a_score_is_no_success(collect: Make) -> None:
     generator = Scripted(lambda prompt, index: [3 + index, EOS])
     traces = collect(problem_rows(1), lambda completions, **_: [None, 1.0], generator=generator, samples_per_round=2)

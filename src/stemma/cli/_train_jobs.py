@@ -42,6 +42,8 @@ class Job:
     """`sft_batches(step)`: the labelled batch of one supervised step."""
     rows: Sequence[Mapping[str, Any]] = ()
     """What `prompts` draws from, where that is a finite data set."""
+    is_boundary: Callable[[Sequence[int], int], bool] | None = None
+    """Whether a prefix of a solution (token ids) may end there; None: anywhere."""
 
 
 def diallock_job(*, shots: int, sft_steps: int, eval_prompts: int, seed: int, demonstrations: bool = False) -> Job:
@@ -161,6 +163,7 @@ def checkpoint_job(
         eval_rows=list(_EncodedRows(records(held_out), tokenizer)),
         sft_batches=sft_batches,
         rows=rows,
+        is_boundary=lambda ids, cut: gsm8k.final_answer(tokenizer.decode(ids[:cut])) is None,
     )
 
 

@@ -183,7 +183,9 @@ class Run:
         elif config.method == "prefix-rl":
             assert config.traces is not None
             traces = read_traces(config.traces, tokenizer=tokenizer)
-            found |= prefix_rl.seams(config.prefix_rl, options, traces=traces, model=self.model)
+            found |= prefix_rl.seams(
+                config.prefix_rl, options, traces=traces, model=self.model, is_boundary=self.job.is_boundary
+            )
             found["reward_funcs"] = prefix_rl.rewards_by_kind(self.job.reward)
         return found
 
