@@ -22,6 +22,7 @@ NAMES = {
     "Plan",
     "PrefixTree",
     "Scores",
+    "SharedPrefix",
     "StemmaError",
     "UnsupportedModelError",
     "__version__",
@@ -30,6 +31,7 @@ NAMES = {
     "disable",
     "enable",
     "explain",
+    "generate",
     "score",
 }
 

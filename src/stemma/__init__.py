@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from stemma.models.scoring import Scores, score
     from stemma.models.streaming import backward
     from stemma.models.verify import CheckReport, check
+    from stemma.models.shared_prefix import SharedPrefix
     from stemma.prefix.tree import PrefixTree
+    from stemma.serve.hydragen import generate
 
 try:
     __version__ = version("stemma-lm")
@@ -27,6 +29,7 @@ _PUBLIC = {
     "Plan": "stemma.models.planner",
     "PrefixTree": "stemma.prefix.tree",
     "Scores": "stemma.models.scoring",
+    "SharedPrefix": "stemma.models.shared_prefix",
     "StemmaError": "stemma.errors",
     "UnsupportedModelError": "stemma.errors",
     "backward": "stemma.models.streaming",
@@ -34,6 +37,7 @@ _PUBLIC = {
     "disable": "stemma.models.adapter",
     "enable": "stemma.models.adapter",
     "explain": "stemma.models.planner",
+    "generate": "stemma.serve.hydragen",
     "score": "stemma.models.scoring",
 }
 
@@ -45,6 +49,7 @@ __all__ = [
     "Plan",
     "PrefixTree",
     "Scores",
+    "SharedPrefix",
     "StemmaError",
     "UnsupportedModelError",
     "__version__",
@@ -53,6 +58,7 @@ __all__ = [
     "disable",
     "enable",
     "explain",
+    "generate",
     "score",
 ]
 

@@ -107,14 +107,14 @@ def test_a_mask_or_a_cache_cannot_join_a_tree_call():
 def test_a_mask_that_is_neither_causal_nor_a_window():
     from transformers.masking_utils import chunked_causal_mask_function, sliding_window_causal_mask_function
 
-    from stemma.models.adapter import _probe
+    from stemma.models.masks import probe
 
     no_padding = torch.zeros(1, dtype=torch.int64)
-    assert _probe(sliding_window_causal_mask_function(5), 20).window == 5
-    assert _probe(sliding_window_causal_mask_function(30), 20).window is None
-    assert _probe(chunked_causal_mask_function(32, no_padding), 20).refusal == ""
-    assert "neither causal attention nor a sliding" in _probe(chunked_causal_mask_function(8, no_padding), 20).refusal
-    assert "neither causal" in _probe(lambda b, h, q, k: k >= 0, 20).refusal
+    assert probe(sliding_window_causal_mask_function(5), 20).window == 5
+    assert probe(sliding_window_causal_mask_function(30), 20).window is None
+    assert probe(chunked_causal_mask_function(32, no_padding), 20).refusal == ""
+    assert "neither causal attention nor a sliding" in probe(chunked_causal_mask_function(8, no_padding), 20).refusal
+    assert "neither causal" in probe(lambda b, h, q, k: k >= 0, 20).refusal
 
 
 def test_rotary_frequencies_that_depend_on_the_call_cannot_be_streamed():

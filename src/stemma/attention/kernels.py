@@ -28,25 +28,39 @@ class Gradients(NamedTuple):
 
 
 def block_forward(
-    query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scale: float, softcap: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    causal: bool,
+    scale: float,
+    softcap: float | None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of one block.
 
     Args:
         query: ``(blocks, heads, queries, head_dim)``.
-        key: ``(blocks, key_value_heads, keys, head_dim)``; ``heads`` is a multiple of ``key_value_heads``.
+        key: ``(blocks, key_value_heads, keys, head_dim)``; ``heads`` is a multiple of ``key_value_heads``. At least one
+            key: torch's fused kernel ends the process on none.
         value: like ``key``.
         causal: query ``i`` sees keys ``0..i`` (then there are as many keys as queries), else all keys.
         scale: factor on the scores.
         softcap: ``c`` of ``c * tanh(score / c)``, or None.
+        bias: ``(blocks or 1, 1, queries or 1, keys)``, added to the scores (after soft-capping), of their dtype; -inf
+            hides. Every query must see a key: the fused kernel answers a row without any with log-sum-exp 0.
 
     Returns:
         Output ``(blocks, heads, queries, head_dim)`` and log-sum-exp ``(blocks, heads, queries)``, the latter in
         float32 (float64 for float64 input).
     """
     if softcap is None and query.device.type == "cpu":
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)
-    return _math_forward(query, key, value, causal, scale, softcap)
+        if bias is not None:
+            bias = bias.expand(query.shape[0], 1, query.shape[2], key.shape[2])
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, causal, attn_mask=bias, scale=scale
+        )
+    return _math_forward(query, key, value, causal, scale, softcap, bias)
 
 
 def block_backward(
@@ -101,7 +115,13 @@ def _scores(query: Tensor, key: Tensor, rows: slice, causal: bool, scale: float)
 
 
 def _math_forward(
-    query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float, softcap: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    causal: bool,
+    scale: float,
+    softcap: float | None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     outputs, sums = [], []
     for rows in _query_slices(query, key.shape[2]):
@@ -111,6 +131,8 @@ def _math_forward(
             if causal:  # tanh turned the hidden scores into -softcap
                 index = torch.arange(key.shape[2], device=key.device)
                 scores = scores.masked_fill(index[None, :] > index[rows, None], float("-inf"))
+        if bias is not None:
+            scores = scores + (bias if bias.shape[2] == 1 else bias[:, :, rows])[:, :, None].to(scores.dtype)
         total = torch.logsumexp(scores, dim=-1)
         weights = torch.exp(scores - total[..., None])
         outputs.append(torch.einsum("bkgqn,bknd->bkgqd", weights, value.to(weights.dtype)).flatten(1, 2))

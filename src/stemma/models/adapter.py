@@ -11,27 +11,40 @@ marker that travels to the layers in the mask's place, so each layer knows its o
 the ones tree attention computes; a layer with any other (chunked, bidirectional, blockwise) is refused by name. A first
 small forward in :func:`enable` compares the tree with each sequence alone, so a model whose layers mix positions
 elsewhere (recurrence, convolution, absolute position offsets) is refused before any work.
+
+A cache of shared prefixes (:mod:`stemma.models.shared_cache`) comes the same way: a model asks its cache for the sizes
+of a mask, the next mask function sees which cache was asked, and its marker leads the layers to that cache.
 """
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from stemma.attention import tree_attention
 from stemma.errors import UnsupportedModelError
+from stemma.models.masks import Mask, ReadingCache, asked_cache, masks_causally, probe
 from stemma.prefix.layout import Layout
 
-__all__ = ["LAYOUT_ARGUMENT", "TreeCall", "base_model", "disable", "enable", "is_enabled", "tree_call"]
+__all__ = [
+    "LAYOUT_ARGUMENT",
+    "TreeCall",
+    "base_model",
+    "disable",
+    "enable",
+    "is_enabled",
+    "masks_causally",
+    "tree_call",
+]
 
 LAYOUT_ARGUMENT = "stemma_call"
 """Keyword argument under which a tree call travels from ``model(...)`` to every attention function."""
@@ -57,18 +70,6 @@ class TreeCall:
     """Keys and values were captured without a graph, by reentrant activation checkpointing."""
     running: bool = False
     """Inside ``model(...)``, as against a recomputation in the backward."""
-
-
-@dataclass(frozen=True)
-class _Mask:
-    """What stands in a mask's place on a tree call."""
-
-    window: int | None = None
-    refusal: str = ""
-
-    def __getitem__(self, index: Any) -> "_Mask":
-        """Models slice their masks to the rows in use; should rows really be left out, the attention call refuses."""
-        return self
 
 
 _current: ContextVar[TreeCall | None] = ContextVar("stemma_tree_call", default=None)
@@ -216,9 +217,16 @@ def _register(original: str) -> str:
         return name
 
     def attention(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | Mask | None,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         call = kwargs.pop(LAYOUT_ARGUMENT, None)
+        if isinstance(attention_mask, Mask) and attention_mask.cache is not None:
+            return _read(attention_mask, attention_mask.cache, module, query, key, value, **kwargs), None
         if call is not None:
             call.by_keyword += call.running
         else:
@@ -232,37 +240,21 @@ def _register(original: str) -> str:
         return function(module, query, key, value, attention_mask, **kwargs)
 
     def mask(*args: Any, **kwargs: Any) -> Any:
-        call = _current.get()
-        if call is None:
-            function = ALL_MASK_ATTENTION_FUNCTIONS.get(original)
-            return None if function is None else function(*args, **kwargs)
-        return _probe(kwargs["mask_function"], call.layout.max_length)
+        call, asked = _current.get(), asked_cache.get()
+        asked_cache.set(None)
+        if call is not None:
+            return probe(kwargs["mask_function"], call.layout.max_length)
+        if asked is not None and asked[1:] == (kwargs.get("kv_length"), kwargs.get("q_length")):
+            first = asked[0].check_mask(kwargs.get("attention_mask"), asked[2])
+            if kwargs["mask_function"] is causal_mask_function:
+                return Mask(cache=asked[0])
+            return replace(probe(kwargs["mask_function"], asked[1] - first, first), cache=asked[0])
+        function = ALL_MASK_ATTENTION_FUNCTIONS.get(original)
+        return None if function is None else function(*args, **kwargs)
 
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, mask)
     return name
-
-
-def _probe(mask_function: Any, length: int) -> _Mask:
-    """The sliding window of an index-based mask function on rows of ``length`` tokens, or why it has none."""
-    keys = torch.arange(length)
-    zero = torch.zeros((), dtype=torch.int64)
-    window: int | None = None
-    for position in sorted({length - 1, length // 2, length // 3}, reverse=True):
-        try:
-            visible = torch.as_tensor(mask_function(zero, zero, torch.tensor(position), keys)).cpu().expand(length)
-        except (IndexError, RuntimeError):
-            return _Mask(refusal="it depends on places in the row, as blocks of an image do, and not on positions.")
-        seen = int(visible.sum())
-        if window is None and seen < position + 1:
-            window = seen
-        if not torch.equal(visible, (keys <= position) & (keys > position - (length if window is None else window))):
-            return _Mask(
-                refusal=f"of {length} tokens, position {position} sees {seen}, which is neither causal attention nor a "
-                "sliding window. Chunked, blockwise and bidirectional masks cannot be computed over a prefix tree "
-                "(chunked attention can, as long as no sequence is longer than a chunk)."
-            )
-    return _Mask(window)
 
 
 def _attend(
@@ -271,40 +263,21 @@ def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | _Mask | None,
+    attention_mask: Tensor | Mask | None,
     *,
     scaling: float | None = None,
-    dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    position_bias: Tensor | None = None,
-    is_causal: bool | None = None,
     **others: Any,
 ) -> Tensor:
     """Tree attention under the signature of transformers; returns ``(1, T, heads, value_dim)``."""
-    layout, where = call.layout, f"{type(module).__name__} (layer {getattr(module, 'layer_idx', '?')})"
-    if isinstance(attention_mask, _Mask):
-        if attention_mask.refusal:
-            raise UnsupportedModelError(f"{where} masks its attention: {attention_mask.refusal}")
-        sliding_window = attention_mask.window
+    layout, where = call.layout, _place(module)
+    if isinstance(attention_mask, Mask):
+        sliding_window = _window(where, attention_mask)
     elif attention_mask is not None:
         raise UnsupportedModelError(f"{where} received a mask of its own making; a tree call must not carry a mask.")
-    unknown = sorted(name for name, value in others.items() if isinstance(value, Tensor) and name not in _HARMLESS)
-    if unknown:
-        raise UnsupportedModelError(
-            f"{where} hands its attention function {', '.join(unknown)}, which tree attention does not know (sparse "
-            "selections of keys, say)."
-        )
-    if position_bias is not None:
-        raise UnsupportedModelError(f"{where} adds a position bias to its scores, which no block kernel computes.")
-    if (getattr(module, "is_causal", True) if is_causal is None else is_causal) is False:
-        raise UnsupportedModelError(f"{where} attends in both directions; prefixes need causal attention.")
-    if dropout:
-        raise UnsupportedModelError(
-            f"{where} has active attention dropout {dropout}: dropped weights would differ between a shared and a "
-            "repeated prefix. Set attention_dropout=0 in the config, or call model.eval()."
-        )
+    _refuse_other_attention(where, module, **others)
     if query.shape[2] != layout.num_tokens or key.shape[2] != layout.num_tokens:
         raise UnsupportedModelError(
             f"{where} attends from {query.shape[2]} to {key.shape[2]} positions where the packed row has "
@@ -327,3 +300,67 @@ def _attend(
         query, key, value, layout, scale=scaling, window=sliding_window, softcap=softcap, sinks=s_aux
     )
     return output.transpose(1, 2)
+
+
+def _read(
+    mask: Mask,
+    cache: ReadingCache,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **others: Any,
+) -> Tensor:
+    """Attention over a cache under the signature of transformers; returns ``(rows, n, heads, value_dim)``."""
+    where = _place(module)
+    window = _window(where, mask)
+    _refuse_other_attention(where, module, **others)
+    if query.shape[2] != key.shape[2]:
+        raise UnsupportedModelError(
+            f"{where} attends from {query.shape[2]} to {key.shape[2]} positions where both should be the new tokens; "
+            "cross attention and learned prefix tokens cannot be combined with shared prefixes."
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    return cache.attend(module, query, key, value, scale=scale, window=window, softcap=softcap, sinks=s_aux)
+
+
+def _place(module: nn.Module) -> str:
+    return f"{type(module).__name__} (layer {getattr(module, 'layer_idx', '?')})"
+
+
+def _window(where: str, mask: Mask) -> int | None:
+    if mask.refusal:
+        raise UnsupportedModelError(f"{where} masks its attention: {mask.refusal}")
+    return mask.window
+
+
+def _refuse_other_attention(
+    where: str,
+    module: nn.Module,
+    *,
+    dropout: float = 0.0,
+    position_bias: Tensor | None = None,
+    is_causal: bool | None = None,
+    **others: Any,
+) -> None:
+    """Refuse attention that is not causal softmax attention over all keys of the path."""
+    unknown = sorted(name for name, value in others.items() if isinstance(value, Tensor) and name not in _HARMLESS)
+    if unknown:
+        raise UnsupportedModelError(
+            f"{where} hands its attention function {', '.join(unknown)}, which tree attention does not know (sparse "
+            "selections of keys, say)."
+        )
+    if position_bias is not None:
+        raise UnsupportedModelError(f"{where} adds a position bias to its scores, which no block kernel computes.")
+    if (getattr(module, "is_causal", True) if is_causal is None else is_causal) is False:
+        raise UnsupportedModelError(f"{where} attends in both directions; prefixes need causal attention.")
+    if dropout:
+        raise UnsupportedModelError(
+            f"{where} has active attention dropout {dropout}: dropped weights would differ between a shared and a "
+            "repeated prefix. Set attention_dropout=0 in the config, or call model.eval()."
+        )

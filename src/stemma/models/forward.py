@@ -26,6 +26,7 @@ __all__ = [
     "Edges",
     "ForwardSettings",
     "check_batch",
+    "check_calls",
     "check_model",
     "dynamic_rope_limit",
     "plain_forward",
@@ -295,14 +296,19 @@ def tree_forward(
             **{LAYOUT_ARGUMENT: call},
             **extra,
         )
-    _check_calls(model, call)
+    check_calls(model, call)
     logprobs, entropies = head.score(
         output.logits, torch.from_numpy(edge_position.reshape(-1)), torch.from_numpy(edges.token[part]), settings
     )
     return logprobs, entropies, _aux_loss(inner, output, settings), call
 
 
-def _check_calls(model: nn.Module, call: TreeCall) -> None:
+def check_calls(model: nn.Module, call: TreeCall) -> None:
+    """Refuse a model of which some layer did not ask for attention on the call.
+
+    Raises:
+        UnsupportedModelError: names the model and the number of layers.
+    """
     inner = base_model(model)
     label = f"{type(inner).__name__} (model type '{inner.config.model_type}')"
     layers = getattr(inner.config.get_text_config(), "num_hidden_layers", None)

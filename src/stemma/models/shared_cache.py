@@ -1,0 +1,346 @@
+"""A transformers `Cache` over shared prefixes: for `generate`, or for any forward with `past_key_values`.
+
+The cache holds all tokens of every row but the last one, which is the first to be fed: a model must be given something
+to predict from. Rows are taken to be padded on the left, as `generate` has them, and told by the attention mask.
+
+How a layer finds it: the layer updates the cache with its new keys and values, which only notes the visit and hands
+them back, and then attends. The mask it attends with is a marker that leads to this cache
+(:mod:`stemma.models.masks`), and the answer comes from :class:`stemma.cache.states.PrefixStates`. A layer that updates
+but does not attend through the marker would silently ignore its prefix; it is refused by name.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from stemma.cache.plan import CALL_BYTES, PrefixNodes, SharingPlan, plan_sharing
+from stemma.cache.states import PrefixStates, even_heads
+from stemma.errors import InvalidBatchError, UnsupportedModelError
+from stemma.models.adapter import base_model
+from stemma.models.forward import check_batch, check_model
+from stemma.models.masks import mask_is_for
+from stemma.models.shared_prefix import SharedPrefix, check_lengths, encode_tree
+from stemma.prefix.radix import as_ids
+from stemma.prefix.tree import PrefixTree
+
+__all__ = ["SharedPrefixCache", "SharingReport"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharingReport:
+    """What a cache shares."""
+
+    prompts: int
+    """Prompts of the call."""
+    rows: int
+    """Rows that decode: prompts times samples or beams."""
+    row_tokens: int
+    """Cached prompt tokens of all rows, shared ones counted each time."""
+    encoded_tokens: int
+    """Tokens that went through the model for them."""
+    rectangles: int
+    """Shared runs, each read once for all rows below it."""
+    shared_tokens: int
+    """Tokens of the shared runs."""
+    tail_tokens: int
+    """Longest run of prompt tokens that each row keeps for itself."""
+    shared_bytes: int
+    """Keys and values of the shared runs."""
+    own_bytes: int
+    """Buffers of the rows, with room for new tokens."""
+    dense_bytes: int
+    """Keys and values of the same prompt tokens in a cache that repeats them for each row."""
+
+    def __str__(self) -> str:
+        mib = 2**20
+        what = (
+            f"{self.rectangles} shared run{'s' if self.rectangles != 1 else ''} of {self.shared_tokens} tokens, each "
+            f"read once"
+            if self.rectangles
+            else "nothing shared: every row keeps its prompt, as reading copies costs less than a further kernel call"
+        )
+        return (
+            f"{self.prompts} prompts, {self.rows} rows, {self.row_tokens} prompt tokens of which {self.encoded_tokens} "
+            f"were encoded\n{what}; up to {self.tail_tokens} prompt tokens in each row's own buffer\n"
+            f"keys and values: {self.shared_bytes / mib:.1f} MiB shared, {self.own_bytes / mib:.1f} MiB own; repeated "
+            f"prompts would take {self.dense_bytes / mib:.1f} MiB"
+        )
+
+
+class _Layer(CacheLayerMixin):
+    """What a layer of the model sees of the cache: lengths."""
+
+    is_sliding = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, cache: "SharedPrefixCache", number: int) -> None:
+        super().__init__()
+        self.cache, self.number, self.seen = cache, number, 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        pass
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.cache._visit(self.number)
+        if key_states.shape[0] != self.cache.states.num_rows:
+            raise InvalidBatchError(
+                f"the cache was made for {self.cache.states.num_rows} rows, and {key_states.shape[0]} were given."
+            )
+        self.seen += key_states.shape[2]
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        return self.cache.prefix_length + self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class SharedPrefixCache(Cache):
+    """Keys and values of many rows, those of shared prefixes once.
+
+    Made by :meth:`of`. Hand it to ``model.generate(input_ids, attention_mask=..., past_key_values=cache)`` with the
+    full rows, padded on the left, or to ``model(...)`` with what follows the cached tokens and the full mask.
+
+    Args:
+        model: the model that it is for.
+        states: the rows.
+        plan: what is shared, for reports.
+    """
+
+    def __init__(self, model: nn.Module, states: PrefixStates, plan: SharingPlan) -> None:
+        layers = int(base_model(model).config.get_text_config().num_hidden_layers)
+        super().__init__(layers=[_Layer(self, number) for number in range(layers)])
+        self.states, self.plan = states, plan
+        self.prefilled_tokens = 0
+        """Tokens that were encoded to make it."""
+        self.prefix_length = int(states.tokens.max(initial=0))
+        """Cached prefix tokens of the longest row."""
+        self._label = type(base_model(model)).__name__
+        self._unread: int | None = None
+
+    @classmethod
+    def of(
+        cls,
+        model: Any,
+        rows: Sequence[Any],
+        *,
+        prefix: SharedPrefix | None = None,
+        room: int = 64,
+        max_tokens: int | None = None,
+        min_shared: int = 8,
+        call_bytes: int = CALL_BYTES,
+    ) -> "SharedPrefixCache":
+        """Encode everything but the last token of each row, what rows share once.
+
+        Args:
+            model: an enabled model (:func:`stemma.enable`).
+            rows: token ids of each row of the batch, at least one each, without what ``prefix`` holds.
+            prefix: what all rows begin with.
+            room: new tokens to make room for; more only costs a copy.
+            max_tokens: encode at most so many tokens in a forward call.
+            min_shared: shortest shared run that is encoded once.
+            call_bytes: see :data:`stemma.cache.plan.CALL_BYTES`.
+
+        Raises:
+            InvalidBatchError: no row or an empty one, ids outside the vocabulary, more tokens than the model has
+                positions, or a prefix of another model.
+            UnsupportedModelError: a layer of the model cannot share its keys and values; says which.
+        """
+        check_model(model)
+        if not rows:
+            raise InvalidBatchError("there are no rows to decode; give at least one list of token ids.")
+        ids = [as_ids(row, f"row {index}") for index, row in enumerate(rows)]
+        for index, row in enumerate(ids):
+            if row.size == 0:
+                raise InvalidBatchError(f"row {index} is empty; decoding needs at least one token to start from.")
+        if prefix is not None:
+            prefix.check(model)
+        handles = [] if prefix is None else prefix.path
+        above = 0 if prefix is None else prefix.length
+        check_batch(model, PrefixTree.from_sequences(list({row.tobytes(): row for row in ids}.values())))
+        check_lengths(model, above + max(row.size for row in ids))
+        # Equal paths are one sequence of the tree; rows of one token have no path in it.
+        number: dict[bytes, int] = {}
+        sequences: list[np.ndarray] = []
+        path_of = np.full(len(ids), -1, dtype=np.int64)
+        for index, row in enumerate(ids):
+            if row.size > 1:
+                path = row[:-1]
+                if path.tobytes() not in number:
+                    number[path.tobytes()] = len(sequences)
+                    sequences.append(path)
+                path_of[index] = number[path.tobytes()]
+        tree = PrefixTree.from_sequences(sequences, min_shared=min_shared) if sequences else None
+        nodes, place = _nodes(tree, path_of, [handle.added for handle in handles])
+        packed = {}
+        if tree is not None:
+            context = None if prefix is None else prefix.context()
+            encoded = encode_tree(model, tree, context, above, max_tokens)
+            packed = {module: even_heads(*pair) for module, pair in encoded.items()}
+        lent = [handle.states for handle in handles]
+        sizes = next(iter((packed or (lent[0] if lent else {})).values()), None)
+        token_bytes = 0 if sizes is None else 2 * sizes.key.element_size() * sizes.key.shape[1] * sizes.key.shape[3]
+        plan = plan_sharing(nodes, token_bytes, call_bytes=call_bytes)
+        cache = cls(model, PrefixStates(nodes, plan, place, packed, lent, room), plan)
+        cache.prefilled_tokens = 0 if tree is None else tree.unique_tokens
+        return cache
+
+    def report(self, prompts: int) -> SharingReport:
+        """What is shared by the rows of so many prompts."""
+        states = self.states
+        return SharingReport(
+            prompts=prompts,
+            rows=states.num_rows,
+            row_tokens=int(states.tokens.sum()),
+            encoded_tokens=self.prefilled_tokens,
+            rectangles=states.num_runs,
+            shared_tokens=states.shared_tokens,
+            tail_tokens=states.tail,
+            shared_bytes=states.prefix_bytes,
+            own_bytes=states.own_bytes,
+            dense_bytes=int(states.tokens.sum()) * states.token_bytes,
+        )
+
+    # ------------------------------------------------------------------ what a forward asks
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Columns of a mask, and their offset; the next mask function will know that this cache was asked."""
+        self.check_read()
+        length, offset = super().get_mask_sizes(query_length, layer_idx)
+        mask_is_for(self, length, query_length)
+        return length, offset
+
+    def check_mask(self, attention_mask: Tensor | None, new_tokens: int) -> int:
+        """Refuse a mask that hides anything but the padding left of each row; see
+        :class:`stemma.models.masks.ReadingCache`."""
+        pads = self.prefix_length - self.states.tokens
+        seen = self.layers[0].get_seq_length() - self.prefix_length
+        if attention_mask is None:
+            if pads.any():
+                raise InvalidBatchError(
+                    "the rows of this cache have different lengths, so the model needs the attention mask of the whole "
+                    "rows, padded on the left, to tell their positions."
+                )
+            return 0
+        expected = (self.states.num_rows, self.prefix_length + seen + new_tokens)
+        if attention_mask.shape != expected:
+            raise InvalidBatchError(
+                f"the attention mask must be {expected}, one column for each token so far (the cached ones included) "
+                f"and each new one, got {tuple(attention_mask.shape)}. Give whole rows, padded on the left."
+            )
+        # Checked in full once; later only the columns that came in since.
+        begin = 0 if seen == 0 else self.prefix_length + seen
+        column = torch.arange(begin, expected[1], device=attention_mask.device)
+        wanted = column >= torch.from_numpy(pads).to(attention_mask.device)[:, None]
+        if not torch.equal(attention_mask[:, begin:].bool(), wanted):
+            raise InvalidBatchError(
+                "the attention mask hides other tokens than the padding on the left that the rows of this cache have."
+            )
+        return int(pads[0])
+
+    def _visit(self, layer: int) -> None:
+        self.check_read()
+        self._unread = layer
+
+    def check_read(self) -> None:
+        """Refuse a model of which a layer took the cache's keys elsewhere than to our attention.
+
+        Raises:
+            UnsupportedModelError: names the layer.
+        """
+        if self._unread is not None:
+            raise UnsupportedModelError(
+                f"layer {self._unread} of {self._label} put its keys into the cache but did not attend through it, so "
+                "it would ignore the shared prefix. Generate without shared prefixes."
+            )
+
+    @torch.no_grad()
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """Attention of a layer's new tokens; see :class:`stemma.models.masks.ReadingCache`."""
+        if any(x.requires_grad for x in (query, key, value)):
+            raise UnsupportedModelError(
+                "a cache of shared prefixes has no gradients; decode under torch.no_grad(), train with stemma.score."
+            )
+        self._unread = None
+        return self.states.attend(module, query, key, value, scale=scale, window=window, softcap=softcap, sinks=sinks)
+
+    # ------------------------------------------------------------------ rows and lengths
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let row ``i`` be what row ``beam_idx[i]`` was."""
+        self.states.select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows."""
+        self.states.select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row, the copies side by side."""
+        self.states.select(torch.arange(self.states.num_rows).repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` new tokens; prefixes cannot be cropped.
+
+        Raises:
+            ValueError: a positive number, or more than there are new tokens.
+        """
+        seen = self.layers[0].get_seq_length() - self.prefix_length
+        if not -seen <= tokens_to_remove <= 0:
+            raise ValueError(
+                f"crop takes the negative number of new tokens to remove, of which there are {seen}; got "
+                f"{tokens_to_remove}. The shared prefix stays."
+            )
+        self.states.crop(-tokens_to_remove)
+        for layer in self.layers:
+            layer.seen += tokens_to_remove
+
+    def reset(self) -> None:
+        """Forget all new tokens; prefixes and rows stay."""
+        self.states.reset()
+        for layer in self.layers:
+            layer.seen = 0
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the batch."""
+        return self.states.num_rows
+
+
+def _nodes(tree: PrefixTree | None, path_of: np.ndarray, handles: list[int]) -> tuple[PrefixNodes, np.ndarray]:
+    """The nodes below a chain of handles, and the place of each row in the order of the tree; paths of -1 have none."""
+    rank = np.zeros(0 if tree is None else tree.num_sequences, dtype=np.int64)
+    if tree is not None:
+        rank[tree.order] = np.arange(tree.num_sequences)
+    rank_of = np.where(path_of >= 0, rank[path_of] if rank.size else -1, -1)
+    place = np.empty(path_of.size, dtype=np.int64)
+    place[np.argsort(rank_of, kind="stable")] = np.arange(path_of.size)
+    chain = len(handles)
+    parent, length = np.arange(chain) - 1, np.array(handles, dtype=np.int64)
+    first, last = np.zeros(chain, dtype=np.int64), np.full(chain, path_of.size, dtype=np.int64)
+    if tree is not None:
+        bound = np.searchsorted(np.sort(rank_of), np.arange(tree.num_sequences + 1))
+        parent = np.concatenate([parent, np.where(tree.node_parent >= 0, tree.node_parent + chain, chain - 1)])
+        length = np.concatenate([length, tree.node_length])
+        first, last = np.concatenate([first, bound[tree.node_first]]), np.concatenate([last, bound[tree.node_last]])
+    return PrefixNodes(parent, length, first, last, int(path_of.size)), place

@@ -1,0 +1,247 @@
+"""A prefix as a handle: encoded once, extended, and given to any number of calls.
+
+The encoder is the packed tree forward that scores and trains, with its keys and values kept, so decoding below a prefix
+attends to exactly what training attends to.
+"""
+
+import inspect
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from stemma.cache.states import even_heads
+from stemma.errors import InvalidBatchError, UnsupportedModelError
+from stemma.models.adapter import LAYOUT_ARGUMENT, TreeCall, base_model, tree_call
+from stemma.models.forward import check_batch, check_calls, check_model, dynamic_rope_limit
+from stemma.models.streaming import Part, partition
+from stemma.prefix.layout import Layout
+from stemma.prefix.radix import as_ids
+from stemma.prefix.tree import PrefixTree
+
+__all__ = ["SharedPrefix", "check_lengths", "encode_tree"]
+
+Context = dict[nn.Module, tuple[Tensor, Tensor]]
+"""Keys and values of a path, as attention saw them, by attention module."""
+
+
+class SharedPrefix:
+    """Token ids and, for each attention module of one model, their keys and values.
+
+    Made by :meth:`from_ids` and :meth:`extend`. A handle holds only what its last step added; the steps above it are
+    shared with the handle it came from. Its tensors are never written.
+    """
+
+    def __init__(self, model: nn.Module, above: "SharedPrefix | None", ids: np.ndarray, context: Context) -> None:
+        self._model = weakref.ref(base_model(model))
+        self._fingerprint = _fingerprint(model)
+        self.above = above
+        self.ids: np.ndarray = ids if above is None else np.concatenate([above.ids, ids])
+        """``(length,)`` token ids of the whole path."""
+        self.added = int(ids.size)
+        """Tokens that the last step added."""
+        self.states = {module: even_heads(*pair) for module, pair in context.items()}
+        """Keys and values of the added tokens, by module, of one head size."""
+        self._sizes = {module: (pair[0].shape[-1], pair[1].shape[-1]) for module, pair in context.items()}
+
+    @classmethod
+    def from_ids(cls, model: Any, ids: Any, *, max_tokens: int | None = None) -> "SharedPrefix":
+        """Encode a prefix.
+
+        Args:
+            model: an enabled model (:func:`stemma.enable`), in evaluation mode or without dropout.
+            ids: token ids, at least one.
+            max_tokens: encode at most so many tokens in a forward call.
+
+        Raises:
+            InvalidBatchError: an empty prefix, ids outside the vocabulary, or more tokens than the model has positions.
+            UnsupportedModelError: a layer of the model cannot share its keys and values; says which.
+        """
+        return cls._encode(model, None, ids, max_tokens)
+
+    def extend(self, ids: Any, *, max_tokens: int | None = None) -> "SharedPrefix":
+        """A longer prefix; this one stays as it is, and its keys and values are not copied. As :meth:`from_ids`."""
+        model = self._model()
+        if model is None:
+            raise InvalidBatchError("the model of this prefix no longer exists; make a prefix from the present model.")
+        self.check(model)
+        return self._encode(model, self, ids, max_tokens)
+
+    @classmethod
+    def _encode(cls, model: Any, above: "SharedPrefix | None", ids: Any, max_tokens: int | None) -> "SharedPrefix":
+        check_model(model)
+        new = as_ids(ids, "the prefix")
+        if new.size == 0:
+            raise InvalidBatchError("a prefix needs at least one token.")
+        before = 0 if above is None else above.length
+        check_batch(model, PrefixTree.from_sequences([new]))
+        check_lengths(model, before + int(new.size))
+        context: Context = {} if above is None else above.context()
+        for begin in range(0, new.size, max_tokens or new.size):
+            tree = PrefixTree.from_sequences([new[begin : begin + (max_tokens or new.size)]])
+            added = encode_tree(model, tree, context, before + begin)
+            context = {
+                module: (_join(context, module, 0, pair[0]), _join(context, module, 1, pair[1]))
+                for module, pair in added.items()
+            }
+        own = {m: (key[:, :, before:].clone(), value[:, :, before:].clone()) for m, (key, value) in context.items()}
+        return cls(model, above, new, own)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the whole path."""
+        return int(self.ids.size)
+
+    @property
+    def path(self) -> "list[SharedPrefix]":
+        """The handles from the first to this one."""
+        return [*(self.above.path if self.above is not None else []), self]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values of the whole path."""
+        own = sum(x.untyped_storage().nbytes() for states in self.states.values() for x in states)
+        return own + (self.above.nbytes if self.above is not None else 0)
+
+    def context(self) -> Context:
+        """Keys and values of the whole path in the head sizes of the model."""
+        path = self.path
+        return {
+            module: (
+                torch.cat([step.states[module].key[..., :key_dim] for step in path], dim=2),
+                torch.cat([step.states[module].value[..., :value_dim] for step in path], dim=2),
+            )
+            for module, (key_dim, value_dim) in self._sizes.items()
+        }
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse another model, and this one with other weights, precision or adapters.
+
+        Raises:
+            InvalidBatchError: says what differs.
+        """
+        if self._model() is not base_model(model):
+            raise InvalidBatchError(
+                "this prefix was encoded by another model; make one with SharedPrefix.from_ids(model, ids)."
+            )
+        if self._fingerprint != _fingerprint(model):
+            raise InvalidBatchError(
+                "the model has changed since this prefix was encoded (weights, precision, device or active adapters); "
+                "make the prefix again with SharedPrefix.from_ids(model, ids)."
+            )
+
+
+def _join(context: Context, module: nn.Module, which: int, new: Tensor) -> Tensor:
+    return torch.cat([context[module][which], new], dim=2) if module in context else new
+
+
+def _fingerprint(model: nn.Module) -> tuple[object, ...]:
+    """What the keys and values of a prefix depend on besides its tokens; every write to a weight changes it."""
+    inner = base_model(model)
+    weights = hash(tuple((id(p), p._version, p.dtype, p.device) for p in inner.parameters()))
+    adapters = tuple(
+        (str(module.active_adapters), bool(module.disable_adapters), str(module.merged_adapters))
+        for module in inner.modules()
+        if hasattr(module, "merged_adapters")
+    )
+    return weights, adapters
+
+
+def check_lengths(model: nn.Module, longest: int) -> None:
+    """Refuse sequences of so many tokens, new ones included, where the model has fewer positions or changes its rotary
+    frequencies with the length.
+
+    Raises:
+        InvalidBatchError: says the limit.
+    """
+    limit = getattr(base_model(model).config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(limit, int) and 0 < limit < longest:
+        raise InvalidBatchError(
+            f"the longest sequence would have {longest} tokens, new ones included, and the model has {limit} positions "
+            "(max_position_embeddings). Shorten the prompts or ask for fewer new tokens."
+        )
+    rope = dynamic_rope_limit(model)
+    if rope is not None and longest > rope:
+        raise InvalidBatchError(
+            f"from {rope} tokens on, the model's rotary frequencies depend on the length of the sequence, so keys of a "
+            f"prefix do not hold for all that follows; the longest would have {longest}. Shorten the prompts, or "
+            "generate without shared prefixes."
+        )
+
+
+@torch.no_grad()
+def encode_tree(
+    model: Any, tree: PrefixTree, context: Context | None = None, above: int = 0, max_tokens: int | None = None
+) -> Context:
+    """Keys and values ``(1, key_value_heads, T, ...)`` of all packed tokens of a tree, by attention module.
+
+    Args:
+        model: an enabled model.
+        tree: the tree.
+        context: keys and values of ``above`` tokens that stand before all sequences of the tree.
+        above: their number.
+        max_tokens: most tokens in a forward call; a longer node still runs in one.
+
+    Raises:
+        UnsupportedModelError: a layer of the model cannot share its keys and values; says which.
+    """
+    parts = [Part(0, tree.unique_tokens, tree.order)]
+    if max_tokens is not None and tree.unique_tokens > max_tokens:
+        parts = partition(tree, max_tokens)
+    pieces: list[Context] = []
+
+    def walk(parts: Sequence[Part], context: Context) -> None:
+        for part in parts:
+            whole = _encode_part(model, Layout.of(tree, part.begin, part.end), context, above)
+            tokens = part.end - part.begin
+            pieces.append({module: (k[:, :, -tokens:], v[:, :, -tokens:]) for module, (k, v) in whole.items()})
+            walk(part.below, whole)
+
+    walk(parts, context or {})
+    if len(pieces) == 1:
+        return pieces[0]
+    return {
+        module: (
+            torch.cat([piece[module][0] for piece in pieces], dim=2),
+            torch.cat([piece[module][1] for piece in pieces], dim=2),
+        )
+        for module in pieces[0]
+    }
+
+
+def _encode_part(model: Any, layout: Layout, context: Context, above: int) -> Context:
+    inner = base_model(model)
+    device = inner.get_input_embeddings().weight.device
+    if above:
+        layout = Layout(
+            tokens=layout.tokens,
+            positions=layout.positions + above,
+            subtree_end=layout.subtree_end,
+            node_start=layout.node_start,
+            node_end=layout.node_end,
+            node_subtree_end=layout.node_subtree_end,
+            node_parent=layout.node_parent,
+            context=layout.context + above,
+            max_length=layout.max_length + above,
+        )
+    call = TreeCall(layout, context, capture=True)
+    spares_logits = "logits_to_keep" in inspect.signature(inner.forward).parameters
+    extra: dict[str, Any] = {"logits_to_keep": 1} if spares_logits else {}
+    with tree_call(call):
+        model(
+            input_ids=torch.from_numpy(layout.tokens)[None].to(device),
+            position_ids=torch.from_numpy(layout.positions)[None].to(device),
+            # Several runs of positions in one row are what this call is about; without a mask some types would take
+            # them for separate sequences.
+            attention_mask=torch.ones(1, layout.num_tokens, dtype=torch.int64, device=device),
+            use_cache=False,
+            **{LAYOUT_ARGUMENT: call},
+            **extra,
+        )
+    check_calls(model, call)
+    if not call.captured:
+        raise UnsupportedModelError(f"{type(inner).__name__} has no attention layer, so it cannot share a prefix.")
+    return call.captured

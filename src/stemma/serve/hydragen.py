@@ -1,0 +1,285 @@
+"""Hydragen: generate many sequences that share prefixes, each shared run of tokens encoded, kept and read once.
+
+For sampling many completions of a prompt (rollouts, best of n, self-consistency), asking many questions about one
+document, or serving a long few-shot prompt.
+
+Source: "Hydragen: High-Throughput LLM Inference with Shared Prefixes", 2024, arXiv 2402.05099. Attention over a prefix
+and over the rest of a row are computed apart and merged by log-sum-exp (section 3.1; the equations are in
+:mod:`stemma.attention.decode`); over the prefix, the queries of all rows below it make one matrix product (section 3.2,
+"inter-sequence batching"); prefixes may themselves share a prefix (section 3.3, "hierarchical sharing").
+
+What we changed and why:
+
+- The tree is found from the token ids, with any number of levels and unequal groups; the paper's code takes levels from
+  the caller, each dividing the next.
+- A planner (:mod:`stemma.cache.plan`) merges a level into its children where its own kernel call would cost more than
+  reading the copies; with one row nothing is shared, and the cache is the ordinary dense one.
+- The prefix is encoded by the packed tree forward that trains and scores, so what is sampled and what is trained on
+  come from the same attention.
+- It is a transformers cache, so `generate` itself decodes: its processors, stopping criteria, sampling, beams.
+- Low-precision answers are merged in float32, not in the precision of the model.
+
+Relations: :mod:`stemma.attention.tree` is the same decomposition with gradients.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from stemma.errors import InvalidBatchError, UnsupportedModelError
+from stemma.models.adapter import base_model, disable, enable, is_enabled
+from stemma.models.shared_cache import SharedPrefixCache, SharingReport
+from stemma.models.shared_prefix import SharedPrefix, check_lengths
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["Config", "Generations", "generate", "prompt_ids"]
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+"""A text, token ids, or the messages of a chat."""
+
+_REFUSED = {
+    "past_key_values": "generate makes the cache itself; give what all prompts begin with as prefix=",
+    "inputs_embeds": "prefixes are shared by token ids; give prompts",
+    "input_ids": "give prompts",
+    "attention_mask": "give prompts without padding; it is added here",
+    "assistant_model": "a cache of shared prefixes is not made for assisted decoding; leave it out",
+    "prompt_lookup_num_tokens": "a cache of shared prefixes is not made for assisted decoding; leave it out",
+    "custom_generate": "it would need to know the cache; leave it out",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """How prefixes are shared."""
+
+    share: Literal["auto", "always", "never"] = "auto"
+    """"auto" shares a run of tokens where reading it once pays for its kernel call; "always" shares whatever two rows
+    have in common; "never" is transformers' `generate` with its own cache."""
+    min_shared: int = 8
+    """Shortest common run that is encoded once, in tokens, at least 1."""
+    max_tokens: int | None = None
+    """Most prompt tokens in one forward call, at least 1; None for no limit."""
+
+    def __post_init__(self) -> None:
+        if self.share not in ("auto", "always", "never"):
+            raise ValueError(f'share must be "auto", "always" or "never", got {self.share!r}.')
+        for name in ("min_shared", "max_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Generations:
+    """What `generate` returns: for each of ``B`` prompts its ``G`` sequences."""
+
+    token_ids: list[list[list[int]]]
+    """New tokens up to and including the first end-of-sequence token."""
+    texts: list[list[str]] | None
+    """Their texts without special tokens; None without a tokenizer."""
+    output: Any
+    """What transformers' `generate` returned: ``(B * G, length)`` whole rows, padded on both sides, or an object with
+    ``return_dict_in_generate=True``."""
+    report: SharingReport | None
+    """What was shared; None with ``share="never"``."""
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int,
+    prefix: SharedPrefix | None = None,
+    sharing: Config | None = None,
+    generation_config: "GenerationConfig | None" = None,
+    **generation_kwargs: Any,
+) -> Generations:
+    """Generate with transformers' `generate`, with each shared run of tokens encoded, kept and read once.
+
+    The tokens are those of ``model.generate`` on the same prompts, padded on the left, up to rounding of the logits:
+    greedy, sampled under the same seed, or from beams.
+
+    Padding never reaches attention, so a tokenizer without a pad token will do: rows are padded with the pad token of
+    the generation config, else of the tokenizer, else with the first end-of-sequence token, else with id 0. Rows end at
+    the end-of-sequence token of the generation config, else of the tokenizer.
+
+    Args:
+        model: a causal language model of transformers. One that was not enabled (:func:`stemma.enable`) is enabled for
+            the length of the call, which costs its self-test each time.
+        tokenizer: of the model; None for prompts of token ids, which then give no texts.
+        prompts: ``B`` texts, lists of chat messages (with the tokenizer's template and its generation prompt) or lists
+            of token ids.
+        max_new_tokens: most new tokens of a row.
+        prefix: what all prompts begin with, encoded before; prompts are then what follows it. Texts are tokenized by
+            themselves, without special tokens.
+        sharing: how prefixes are shared.
+        generation_config: of transformers, in place of the model's own.
+        generation_kwargs: any other option of ``model.generate``: ``num_return_sequences``, ``num_beams``,
+            ``do_sample``, ``temperature``, ``logits_processor``, ``stopping_criteria``, ``stop_strings``, ...
+
+    Raises:
+        InvalidBatchError: no prompt, an empty one, ids outside the vocabulary, more tokens (new ones included) than the
+            model has positions, rotary frequencies that would change with the length, or a prefix of another model.
+        UnsupportedModelError: a layer of the model cannot share its keys and values, or an active dropout.
+        ValueError: an option that cannot be combined with shared prefixes.
+    """
+    sharing = sharing or Config()
+    inner: PreTrainedModel = base_model(model)
+    config = _generation_config(inner, tokenizer, generation_config, generation_kwargs)
+    config.max_new_tokens = max_new_tokens
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
+    ids = [prompt_ids(tokenizer, prompt, index, prefix is not None) for index, prompt in enumerate(prompts)]
+    if not ids:
+        raise InvalidBatchError("there are no prompts; give at least one.")
+    whole = ids if prefix is None else [[*prefix.ids.tolist(), *row] for row in ids]
+    check_lengths(model, max(map(len, whole)) + max_new_tokens)
+    rows = max(config.num_beams or 1, config.num_return_sequences or 1)
+    device = inner.get_input_embeddings().weight.device
+    input_ids, mask = _padded(whole, int(config.pad_token_id), device)
+    kwargs = {name: value for name, value in generation_kwargs.items() if not hasattr(config, name)}
+    if config.stop_strings is not None:
+        kwargs["tokenizer"] = tokenizer
+    report = None
+    with _enabled(model, sharing.share != "never"):
+        if sharing.share != "never":
+            cache = SharedPrefixCache.of(
+                model,
+                [row for row in ids for _ in range(rows)],
+                prefix=prefix,
+                room=max_new_tokens,
+                max_tokens=sharing.max_tokens,
+                min_shared=sharing.min_shared,
+                **({"call_bytes": 0} if sharing.share == "always" else {}),
+            )
+            report = cache.report(len(ids))
+            kwargs["past_key_values"] = cache
+        output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=config, **kwargs)
+        if sharing.share != "never":
+            cache.check_read()
+    sequences: Tensor = output if isinstance(output, Tensor) else output.sequences
+    token_ids = _new_tokens(sequences[:, input_ids.shape[1] :], config)
+    texts = None if tokenizer is None else tokenizer.batch_decode(token_ids, skip_special_tokens=True)
+    returned = len(token_ids) // len(ids)
+    groups = [slice(begin, begin + returned) for begin in range(0, len(token_ids), returned)]
+    return Generations(
+        token_ids=[token_ids[group] for group in groups],
+        texts=None if texts is None else [texts[group] for group in groups],
+        output=output,
+        report=report,
+    )
+
+
+def prompt_ids(
+    tokenizer: "PreTrainedTokenizerBase | None", prompt: Prompt, index: int = 0, continues: bool = False
+) -> list[int]:
+    """Token ids of a prompt.
+
+    Args:
+        tokenizer: needed for texts and messages.
+        prompt: text, messages or ids.
+        index: its number, for messages of errors.
+        continues: it follows a prefix, so a text gets no special tokens.
+
+    Raises:
+        InvalidBatchError: an empty prompt, a text or messages without a tokenizer, or something else.
+    """
+    if isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Mapping)):
+        if tokenizer is None:
+            raise InvalidBatchError(f"prompt {index} is text, which needs a tokenizer; give one, or token ids.")
+        if isinstance(prompt, str):
+            ids = tokenizer(prompt, add_special_tokens=not continues)["input_ids"]
+        else:
+            ids = tokenizer.apply_chat_template(
+                list(prompt), add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+    else:
+        ids = prompt
+    try:
+        found = [int(token) for token in ids]
+    except (TypeError, ValueError):
+        raise InvalidBatchError(
+            f"prompt {index} must be a text, a list of token ids or a list of chat messages, got {str(prompt)[:60]!r}."
+        ) from None
+    if not found:
+        raise InvalidBatchError(f"prompt {index} is empty; generation needs at least one token to start from.")
+    return found
+
+
+@contextmanager
+def _enabled(model: Any, wanted: bool) -> "Iterator[None]":
+    """The model enabled for the length of a call."""
+    change = wanted and not is_enabled(model)
+    if change:
+        enable(model)
+    try:
+        yield
+    finally:
+        if change:
+            disable(model)
+
+
+def _generation_config(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase | None",
+    given: "GenerationConfig | None",
+    options: dict[str, Any],
+) -> "GenerationConfig":
+    """The generation config of the call, with the options that are fields of it."""
+    for name, advice in _REFUSED.items():
+        if options.get(name) is not None:
+            raise ValueError(f"{name} cannot be given to stemma.generate: {advice}.")
+    config = deepcopy(model.generation_config if given is None else given)
+    for name, value in options.items():
+        if hasattr(config, name):
+            setattr(config, name, value)
+    if config.cache_implementation not in (None, "dynamic", "hybrid"):
+        raise ValueError(
+            f"cache_implementation={config.cache_implementation!r} and shared prefixes are two caches; leave it out."
+        )
+    if config.use_cache is False:
+        raise ValueError("use_cache=False leaves nothing to share; leave it out.")
+    if config.output_attentions:
+        raise UnsupportedModelError("output_attentions asks for attention weights, which shared attention never forms.")
+    if config.eos_token_id is None and tokenizer is not None:
+        config.eos_token_id = tokenizer.eos_token_id
+    if config.pad_token_id is None and tokenizer is not None:
+        config.pad_token_id = tokenizer.pad_token_id
+    if config.pad_token_id is None:
+        ends = config.eos_token_id
+        config.pad_token_id = ends[0] if isinstance(ends, list) else ends or 0
+    return config
+
+
+def _padded(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows padded on the left, and the mask of their tokens, both ``(B, L)`` int64."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask
+
+
+def _new_tokens(new: Tensor, config: "GenerationConfig") -> list[list[int]]:
+    """Rows up to their first end-of-sequence token, without the padding of rows that ended otherwise."""
+    ends = config.eos_token_id
+    ends = set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
+    found = []
+    for row in new.tolist():
+        end = next((place + 1 for place, token in enumerate(row) if token in ends), None)
+        if end is None:
+            end = len(row)
+            while config.pad_token_id not in ends and end and row[end - 1] == config.pad_token_id:
+                end -= 1
+        found.append(row[:end])
+    return found
