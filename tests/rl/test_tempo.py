@@ -4,6 +4,7 @@ import importlib.util
 import inspect
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -111,6 +112,14 @@ def test_groups_with_equal_tokens_share_nothing() -> None:
     assert not differences(both)[2:].any()
 
 
+def test_equal_rewards_are_their_own_mean() -> None:
+    """Added up and divided, six times 0.1 is not 0.1, and every branch would have credit of 1e-13."""
+    rewards = [0.1] * 6
+    assert sum(rewards) / 6 != 0.1
+    batch = batch_of([[1, 2], [1, 3], [1, 4], [5], [6], [7]], rewards)
+    assert not tree_td_advantages(*batch).any()
+
+
 def test_an_unscorable_completion_counts_nowhere_and_gets_zero() -> None:
     batch = batch_of([[1, 2], [1, 3], [1, 4], [9]], [1.0, 0.0, NAN, NAN])
     alone = batch_of([[1, 2], [1, 3]], [1.0, 0.0])
@@ -177,7 +186,7 @@ def test_completions_that_share_nothing_have_twice_the_credit_on_their_first_tok
 def test_equal_rewards_give_exactly_zero(batch: Batch) -> None:
     """Fact (iv), with means that binary fractions cannot hold."""
     rewards, *rest = batch
-    equal = torch.where(rewards.isnan(), NAN, 0.1)
+    equal = torch.where(rewards.isnan(), rewards, 0.1)
     assert not tree_td_advantages(equal, *rest).any()
 
 
@@ -283,6 +292,15 @@ def test_the_credit_of_the_trainer_is_the_function(options: dict[str, Any]) -> N
     assert torch.equal(TreeCredit(**options)(batch), tree_td_advantages(*HAND, **options).float())
     assert torch.equal(off(batch), GroupCredit(**options)(batch)[:, None].expand(-1, 3))
     assert TreeCredit().metrics(batch) == ValueTree.build(*HAND).metrics()
+
+
+def test_the_scale_of_a_batch_is_that_of_all_processes() -> None:
+    batch, elsewhere = sampled_batch(), torch.tensor([5.0, -3.0], dtype=torch.float64)
+    accelerator = SimpleNamespace(num_processes=2, device="cpu", gather=lambda rewards: torch.cat([rewards, elsewhere]))
+    everyone = torch.cat([HAND[0], elsewhere])
+    expected = tree_td_advantages(*HAND, scale_rewards="batch", all_rewards=everyone)
+    assert torch.equal(TreeCredit(scale_rewards="batch", accelerator=accelerator)(batch), expected.float())
+    assert not torch.equal(TreeCredit(scale_rewards="batch")(batch), expected.float())
 
 
 # Low enough for a random model to repeat itself, high enough for branches behind the first token.

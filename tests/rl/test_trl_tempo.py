@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -68,13 +69,8 @@ def build(tmp_path: Path) -> Callable[..., Any]:
             "learning_rate": 1e-3,
             "max_steps": 3,
             "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "use_cpu": True,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "shuffle_dataset": False,
+            **{"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True},
+            **{"bf16": False, "gradient_checkpointing": False, "shuffle_dataset": False},
             "beta": 0.0,  # RLOO's default would load a reference model by its name
             "seed": 7,
         }
@@ -139,6 +135,21 @@ def test_advantages_are_trls_plus_the_differences(build: Callable[..., Any], sca
     }
 
 
+def test_rewards_of_other_processes_only_scale(build: Callable[..., Any]) -> None:
+    """TRL gathers rewards: those of this process are cut out of them, and the batch's deviation is that of all."""
+    trainer = with_fixed_completions(build(adapter.GRPOTrainer, own={"tree_td_coef": 1.0}, scale_rewards="batch"))
+    output = generated(trainer)
+    per_function, lengths = trainer._scored
+    elsewhere = torch.full_like(per_function, 5.0)
+    trainer._scored = torch.cat([elsewhere, per_function]), lengths
+    trainer.accelerator = SimpleNamespace(process_index=1)
+    output["advantages"] = torch.zeros(8)
+    differences = torch.from_numpy(ValueTree.build(*fixed_batch()).differences())
+    scored = torch.cat([elsewhere, per_function]).flatten()
+    std = scored[~scored.isnan()].double().std()
+    torch.testing.assert_close(trainer._tree_credit(output).double(), differences / (std + 1e-4), rtol=1e-5, atol=1e-7)
+
+
 def test_a_coefficient_of_zero_is_stock_trl_to_the_bit(build: Callable[..., Any]) -> None:
     import trl
 
@@ -164,9 +175,7 @@ def test_advantages_travel_with_their_completions(build: Callable[..., Any]) -> 
     trainer = with_fixed_completions(build(adapter.GRPOTrainer, own={"tree_td_coef": 1.0}, **options))
     trainer._prepare_inputs([row for row in trainer.train_dataset for _ in range(4)])
     expected = tree_td_advantages(*fixed_batch()).float()
-    known = {
-        (row // 4, tuple(ids)): expected[row] for row, ids in enumerate(COMPLETIONS) if row != 3
-    }  # 3 repeats 0 with another reward
+    known = {(row // 4, tuple(ids)): expected[row] for row, ids in enumerate(COMPLETIONS)}
     seen = 0
     prompts = [len("Add:"), len("Count the letters:")]
     for part in trainer._buffered_inputs:
@@ -174,7 +183,7 @@ def test_advantages_travel_with_their_completions(build: Callable[..., Any]) -> 
             part["completion_ids"], part["completion_mask"], part["prompt_mask"], part["advantages"], strict=True
         ):
             key = (prompts.index(int(prompt.sum())), tuple(ids[mask.bool()].tolist()))
-            if key != (0, tuple(COMPLETIONS[0])):
+            if key != (0, tuple(COMPLETIONS[0])):  # which row 3 repeats with another reward
                 torch.testing.assert_close(advantages, known[key], rtol=1e-5, atol=1e-6)
                 seen += 1
     assert seen == 6
@@ -192,9 +201,8 @@ def loss_and_gradient(trainer: Any, loss: torch.Tensor) -> tuple[float, torch.Te
 def test_the_loss_is_that_of_our_own_trainer(build: Callable[..., Any], loss_type: Any) -> None:
     """The same batch with an older policy behind it, so that ratios clip on both sides."""
     epsilon_high = 1.0 if loss_type == "cispo" else 0.28
-    trainer = with_fixed_completions(
-        build(adapter.GRPOTrainer, own={"tree_td_coef": 1.0}, loss_type=loss_type, epsilon_high=epsilon_high)
-    )
+    options: dict[str, Any] = {"loss_type": loss_type, "epsilon_high": epsilon_high}
+    trainer = with_fixed_completions(build(adapter.GRPOTrainer, own={"tree_td_coef": 1.0}, **options))
     trainer.current_gradient_accumulation_steps = 1
     batch = generated(trainer)
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
@@ -203,14 +211,7 @@ def test_the_loss_is_that_of_our_own_trainer(build: Callable[..., Any], loss_typ
     logprobs = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, width)[0]
     old = logprobs.detach() + 0.3 * torch.randn(logprobs.shape, generator=torch.Generator().manual_seed(1))
     ours, kept = fixed_batch(), batch["completion_mask"].bool()
-    loss = token_loss(
-        logprobs,
-        old,
-        tree_td_advantages(*ours).float(),
-        kept,
-        loss_type=loss_type,
-        epsilon_high=epsilon_high,
-    ).loss
+    loss = token_loss(logprobs, old, tree_td_advantages(*ours).float(), kept, **options).loss
     weights = token_weights(kept, loss_type, num_sequences=8, num_tokens=int(kept.sum()), max_completion_length=8)
     expected, gradient = loss_and_gradient(trainer, (loss * weights).sum())
     found, own = loss_and_gradient(trainer, trainer.compute_loss(trainer.model, {**batch, "old_per_token_logps": old}))
