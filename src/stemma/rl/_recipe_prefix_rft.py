@@ -1,4 +1,4 @@
-"""`stemma run prefix-rft`: hard problems with demonstrations, used by Prefix-RFT, by supervised training, or not at all.
+"""`stemma run prefix-rft`: hard problems with demonstrations, used by Prefix-RFT, by supervised steps, or not at all.
 
 The paper (1.5B and 7B models on mathematics, one demonstration per problem): Prefix-RFT ends above RL alone, above
 supervised fine-tuning, and above one after the other; training on the fifth of the prefix tokens with the highest

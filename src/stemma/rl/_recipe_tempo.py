@@ -28,14 +28,15 @@ _CONTINUATIONS = 64
 def reproduce(options: Options) -> dict[str, Any]:
     """Run it; see `stemma.train.recipe_report.Report.write` for what is returned."""
     trainer = TrainerConfig(
-        num_generations=8, per_device_train_batch_size=64, learning_rate=2e-4, lr_scheduler_type="constant"
+        num_generations=16, per_device_train_batch_size=64, learning_rate=2e-4, lr_scheduler_type="constant"
     )
     study = Study(
         name="tempo",
         base=BasePolicy(noise=0.5),
         task=Task(min_distance=1, max_distance=9, slack=2, num_problems=1000),
-        budget=280_000,
+        budget=200_000,
         trainer=trainer,
+        eval_samples=2,
         options=options,
     ).for_options()
     report = Report("tempo", "TEMPO against GRPO on DialLock", study.about(), study.budget)

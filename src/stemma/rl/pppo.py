@@ -41,6 +41,7 @@ from stemma.rl._config import PPPOConfig as Config
 from stemma.rl._credit import GroupCredit
 from stemma.rl._rewards import score_completions
 from stemma.rl._shared import Credit, Generate, Reward, RolloutBatch, Row
+from stemma.train.recipe import Options
 from stemma.train.seeds import stream_seed
 
 __all__ = [
@@ -348,3 +349,10 @@ def seams(
         "credit": AccumulatedCredit(inner, config.num_continuations),
         "loss_mask": RetainedMask(config.normalizer),
     }
+
+
+def run(options: Options) -> dict[str, Any]:
+    """The reproduction behind `stemma run pppo`."""
+    from stemma.rl._recipe_pppo import reproduce
+
+    return reproduce(options)

@@ -24,8 +24,10 @@ _COLUMNS = {
     "area": "area under the curve",
     "sampled": "sampled tokens",
     "optimised": "optimised tokens",
-    "encoded": "encoded per step",
+    "encoded": "encoded per update",
     "encoded_without_sharing": "without sharing",
+    "sampling_encoded": "encoded to sample",
+    "sampling_without_sharing": "without sharing",
     "step_seconds": "s per step",
     "update_seconds": "update, s",
     "update_seconds_plain": "update without sharing, s",
@@ -155,6 +157,8 @@ class Report:
                 "optimised": [run["curve"][-1]["optimised"] for run in runs],
                 "encoded": [step.get("tokens/forwarded", math.nan) for step in steps],
                 "encoded_without_sharing": [step.get("tokens/without_sharing", math.nan) for step in steps],
+                "sampling_encoded": [step.get("tokens/rollout_encoded", math.nan) for step in steps],
+                "sampling_without_sharing": [step.get("tokens/rollout_without_sharing", math.nan) for step in steps],
                 "step_seconds": [step.get("time/step", math.nan) for step in steps],
                 "update_seconds": [step.get("compare/time_shared", math.nan) for step in steps],
                 "update_seconds_plain": [step.get("compare/time_plain", math.nan) for step in steps],
@@ -201,7 +205,10 @@ class Report:
         os.replace(temporary, path)
 
 
-_COUNTS = ("sampled", "optimised", "encoded", "encoded_without_sharing")
+_COUNTS = (
+    *("sampled", "optimised", "encoded", "encoded_without_sharing"),
+    *("sampling_encoded", "sampling_without_sharing"),
+)
 
 
 def tables(rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any] | None = None) -> list[str]:
