@@ -1,14 +1,21 @@
-"""Rows are strict JSON lines; a resumed run drops what it will do again; progress suits its reader."""
+"""Rows are strict JSON lines; a resumed run drops what it will do again; progress suits its reader; other trackers."""
 
+import importlib.machinery
+import importlib.util
 import io
 import json
 import math
+import sys
+import types
 from pathlib import Path
+from typing import Any
 
+import accelerate.tracking
 import pytest
+from accelerate.utils import LoggerType
 
-from stemma.errors import InvalidDataError
-from stemma.train.tracking import Tracker, read_rows
+from stemma.errors import InvalidDataError, MissingExtraError
+from stemma.train.tracking import Tracker, make_accelerator, read_rows, start_trackers
 
 
 def fill(path: Path, steps: range, resume_after: int | None = None) -> str:
@@ -61,3 +68,86 @@ def test_a_terminal_gets_a_bar(tmp_path: Path) -> None:
     assert "hello" in stream.getvalue()
     assert "4/4" in stream.getvalue()
     assert "sft" in stream.getvalue()
+
+
+# ---------------------------------------------------------------------------------------------- other trackers
+
+
+class FakeRun:
+    """What `trackio.init` and `wandb.init` return, as far as accelerate uses it."""
+
+    def __init__(self, **keywords: Any) -> None:
+        self.keywords, self.rows, self.finished = keywords, [], False
+
+    def log(self, values: dict[str, float], step: int | None = None) -> None:
+        self.rows.append((step, values))
+
+    def finish(self) -> None:
+        self.finished = True
+
+
+@pytest.fixture(params=["trackio", "wandb"])
+def fake(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """A module of that name which records what it is told; accelerate believes that it is installed."""
+    module = types.ModuleType(request.param)
+    module.__spec__ = importlib.machinery.ModuleSpec(request.param, None)
+    module.runs, module.config = [], {}  # type: ignore[attr-defined]
+
+    def init(**keywords: Any) -> FakeRun:
+        module.runs.append(FakeRun(**keywords))  # type: ignore[attr-defined]
+        return module.runs[-1]  # type: ignore[attr-defined]
+
+    class Settings(dict[str, Any]):
+        def update(self, values: Any, allow_val_change: bool = False) -> None:  # type: ignore[override]
+            super().update(values)
+
+    module.init, module.config = init, Settings()  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, request.param, module)
+    monkeypatch.setattr(accelerate.tracking, "_available_trackers", [LoggerType(request.param)])
+    return module
+
+
+def run(folder: Path, report_to: tuple[str, ...], resume_after: int | None = None) -> None:
+    accelerator = make_accelerator(report_to, folder)
+    start_trackers(accelerator, folder, {"seed": 3, "traces": None, "beta": 0.1}, resume_after=resume_after)
+    with Tracker(folder / "m.jsonl", total_steps=2, stream=io.StringIO(), accelerator=accelerator) as tracker:
+        tracker.log("eval", 0, 4, {"eval/reward": 0.5})
+        tracker.log("grpo", 1, 5, {"loss": 0.25, "reward": math.nan})
+    accelerator.end_training()
+
+
+def test_another_tracker_gets_the_same_numbers(tmp_path: Path, fake: Any) -> None:
+    run(tmp_path, (fake.__name__,))
+    (only,) = fake.runs
+    assert only.rows == [(4, {"eval/reward": 0.5}), (5, {"grpo/loss": 0.25})]
+    assert only.finished
+    assert fake.config == {"seed": 3, "traces": "None", "beta": 0.1}
+    assert only.keywords["project"] == "stemma"
+    assert only.keywords["name"] == tmp_path.name
+    run(tmp_path, (fake.__name__,), resume_after=4)
+    if fake.__name__ == "trackio":
+        assert [each.keywords["resume"] for each in fake.runs] == ["never", "allow"]
+    assert [row["phase"] for row in read_rows(tmp_path / "m.jsonl")] == ["eval", "grpo"]
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="needs the extra: pip install 'stemma-lm[track]'")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(tmp_path, ("tensorboard",))
+    events = EventAccumulator(str(tmp_path / "logs" / "stemma"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {"eval/reward", "grpo/loss"}
+    assert [(event.step, event.value) for event in events.Scalars("grpo/loss")] == [(5, 0.25)]
+
+
+def test_a_tracker_that_is_not_installed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for name, extra in (("trackio", "track"), ("tensorboard", "track"), ("wandb", "wandb")):
+        with pytest.raises(MissingExtraError, match=rf"report_to={name} needs.*stemma-lm\[{extra}\]"):
+            make_accelerator(("none", name), tmp_path)
+
+
+def test_no_tracker_by_default(tmp_path: Path) -> None:
+    run(tmp_path, ("none",))
+    assert not (tmp_path / "logs").exists()

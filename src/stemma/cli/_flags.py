@@ -72,7 +72,7 @@ def to_yaml(config: Any, *, leave_out: Sequence[str] = ()) -> str:
 
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     plain = {name: _plain(value) for name, value in values.items() if name not in leave_out}
-    return yaml.safe_dump(plain, sort_keys=False, default_flow_style=None)
+    return yaml.safe_dump(plain, sort_keys=False)
 
 
 def _plain(value: Any) -> Any:

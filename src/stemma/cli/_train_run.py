@@ -177,7 +177,9 @@ class Run:
         common["credit"] = found.get("credit")
         if config.method == "prefix-rft":
             found |= prefix_rft.seams(config.prefix_rft, options, **common)
-            found["rollout"].check(self.job.rows)
+            found["rollout"].check(
+                self.job.rows or self.job.prompts(0, 256)
+            )  # all of them, or of an endless source some
         elif config.method == "pppo":
             found |= pppo.seams(config.pppo, options, **common)
         elif config.method == "prefix-rl":
