@@ -166,11 +166,13 @@ _CHECKPOINT = {
 def main(config: Config) -> dict[str, Any]:
     """Run or resume a training run; the result is its report."""
     from stemma.cli._train_run import Run
+    from stemma.train.distributed import check_accelerator
     from stemma.train.report import require_matplotlib
     from stemma.train.tracking import make_accelerator
 
     require_matplotlib()
     accelerator = make_accelerator(config.report_to, config.output_dir)
+    check_accelerator(accelerator, bf16=config.bf16)
     if accelerator.is_main_process:
         _open_folder(config)
     accelerator.wait_for_everyone()

@@ -3,7 +3,8 @@
 Processes hold whole copies of the model. Gradients are summed once per optimiser step, explicitly, instead of through
 DistributedDataParallel: scoring a prefix tree calls the decoder and the head separately and streams a large tree
 through several backward calls, which DDP's hooks do not expect. Parameters sharded over
-processes (FSDP, ZeRO) are outside this trainer.
+processes (FSDP, ZeRO) are refused: sampling ends on each process when its own rows have ended, while a sharded model
+needs all processes to take every forward together.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,9 +13,41 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["any_process", "broadcast_parameters", "max_over_processes", "sum_gradients", "sum_over_processes"]
+from stemma.errors import StemmaError
+
+__all__ = [
+    "any_process",
+    "broadcast_parameters",
+    "check_accelerator",
+    "max_over_processes",
+    "sum_gradients",
+    "sum_over_processes",
+]
 
 _BUCKET_ELEMENTS = 32 * 1024 * 1024
+
+
+def check_accelerator(accelerator: Any, *, bf16: bool) -> None:
+    """Refuse what the configuration of `accelerate launch` asks for and the trainers would not do.
+
+    Args:
+        bf16: whether forwards run under bfloat16 autocast.
+
+    Raises:
+        StemmaError: sharded parameters, or mixed precision other than the trainer's own.
+    """
+    kind = accelerator.distributed_type.value
+    if kind != "NO" and not kind.startswith("MULTI_"):
+        raise StemmaError(
+            f"distributed_type {kind} spreads the model over processes, and this trainer needs a whole copy on each; "
+            "use MULTI_GPU (examples/accelerate/ddp.yaml). Where memory is short: --gradient-checkpointing, "
+            "--max-tokens, --use-peft"
+        )
+    if accelerator.mixed_precision not in ("no", "bf16" if bf16 else "no"):
+        raise StemmaError(
+            f"mixed_precision {accelerator.mixed_precision} of the accelerate configuration has no effect here; set it "
+            "to no, and give --bf16 for bfloat16"
+        )
 
 
 def sum_gradients(accelerator: Any, parameters: Iterable[nn.Parameter]) -> None:
