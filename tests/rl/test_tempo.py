@@ -254,11 +254,6 @@ def test_what_cannot_be_credited_is_refused() -> None:
             tree_td_advantages(*HAND, coefficient=coefficient)
 
 
-def test_sequence_ratios_are_refused() -> None:
-    with pytest.raises(ValueError, match="importance_sampling_level must be token for tree credit"):
-        tempo.seams(tempo.Config(), TrainerConfig(importance_sampling_level="sequence", epsilon=3e-4))
-
-
 def test_the_credit_follows_the_options() -> None:
     options = TrainerConfig(credit="rloo", scale_rewards="none")
     seams = tempo.seams(tempo.Config(tree_td_coef=0.3), options)
@@ -307,7 +302,15 @@ def test_the_scale_of_a_batch_is_that_of_all_processes() -> None:
 WARM = {"temperature": 0.25, "num_generations": 8}
 
 
-@pytest.mark.parametrize("options", [{}, {"loss_type": "grpo", "num_iterations": 2}], ids=["dapo", "grpo"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"loss_type": "grpo", "num_iterations": 2},
+        {"importance_sampling_level": "sequence", "num_iterations": 2, "epsilon": 3e-4},
+    ],
+    ids=["dapo", "grpo", "GSPO-token"],
+)
 def test_a_step_over_the_shared_forward_has_the_gradient_of_the_plain_one(
     make_trainer: Callable[..., Any], options: dict[str, Any]
 ) -> None:

@@ -120,17 +120,10 @@ def seams(config: Config, trainer: TrainerConfig, *, accelerator: Any = None) ->
 
     Args:
         config: see `Config`.
-        trainer: the options of the trainer.
+        trainer: the options of the trainer. With `importance_sampling_level="sequence"` a token keeps its own
+            advantage (GSPO-token).
         accelerator: of a run on several processes.
-
-    Raises:
-        ValueError: `importance_sampling_level="sequence"`.
     """
-    if trainer.importance_sampling_level == "sequence":
-        raise ValueError(
-            "importance_sampling_level must be token for tree credit; got 'sequence', whose one ratio per completion "
-            "spreads the credit of a token over all of them"
-        )
     credit = TreeCredit(
         estimator=trainer.credit,
         scale_rewards=trainer.scale_rewards,
