@@ -19,10 +19,12 @@ server can read too, which it is told to load: SGLang by ``/update_weights_from_
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import shutil
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass, field
@@ -39,6 +41,10 @@ from stemma.models.sampling import TokenSampler
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+_LOADED = "loaded"
+"""File in a folder of weights, written when the server has loaded them."""
 
 
 class _Sampled(NamedTuple):
@@ -63,7 +69,8 @@ class ServerGenerator:
         eos_token_id: the id (or ids) that ends a row; None lets every row run to its end. SGLang also ends rows at the
             end-of-sequence tokens of its own tokenizer.
         dialect: which server it is, "vllm" or "sglang".
-        weights_dir: folder for the weights, on a disk that both share; with "sync" only.
+        weights_dir: folder for the weights of this run, on a disk that all processes and the server share; with "sync"
+            only.
         model: name of the model on a vLLM server that serves several.
         temperature, top_p, top_k: as in `generate_groups`.
         stop_strings: a row ends with the token that completes one of them.
@@ -120,8 +127,8 @@ class ServerGenerator:
         self._eos_ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
         strings = self.stop_strings or []
         self._stop = [strings] if isinstance(strings, str) else list(strings)
-        self._loaded: list[float] | None = None  # fingerprint of the weights that the server has
-        self._folder: Path | None = None
+        self._loaded: Path | None = None  # the folder of the weights that the server has
+        self._created = time.time()
 
     # ------------------------------------------------------------------ sampling
 
@@ -284,10 +291,10 @@ class ServerGenerator:
     def sync(self, model: PreTrainedModel) -> None:
         """Let the server load the model's weights, unless it has them already.
 
-        Process 0 does it; the others wait, so all processes have to call this equally often.
+        Process 0 sends them; another process waits until process 0 has sent the weights that it holds itself.
 
         Raises:
-            ServerError: the server did not load them.
+            ServerError: the server did not load them, or process 0 did not send them in time.
             UnsupportedModelError: a PEFT model, whose merged weights the server would need.
         """
         if hasattr(model, "peft_config"):
@@ -295,37 +302,42 @@ class ServerGenerator:
                 "weights='sync' sends whole models, and this one has PEFT adapters; sample with LocalGenerator, "
                 "or with weights='fixed' and importance correction"
             )
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            self._load_if_changed(model)
-            return
-        cause: Exception | None = None
-        if torch.distributed.get_rank() == 0:
-            try:
-                self._load_if_changed(model)
-            except Exception as error:  # told to the others, which would wait for ever
-                cause = error
-        told = [None if cause is None else str(cause)]
-        torch.distributed.broadcast_object_list(told, src=0)
-        if told[0] is not None:
-            raise ServerError(f"process 0 could not send the weights: {told[0]}") from cause
-
-    def _load_if_changed(self, model: PreTrainedModel) -> None:
-        fingerprint = _fingerprint(model)
-        if fingerprint != self._loaded:
-            self._load(model)
-            self._loaded = fingerprint
-
-    def _load(self, model: PreTrainedModel) -> None:
-        """Write the weights to a new folder (a server may keep the old files mapped) and have the server load them."""
         assert self.weights_dir is not None
-        parent = Path(self.weights_dir).resolve()
-        parent.mkdir(parents=True, exist_ok=True)
-        numbers = [int(path.name) for path in parent.iterdir() if path.name.isdigit()]
-        folder = parent / str(max(numbers, default=0) + 1)
-        unfinished = folder.with_name(f"{folder.name}.tmp")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        model.save_pretrained(unfinished)
-        os.replace(unfinished, folder)
+        folder = Path(self.weights_dir).resolve() / f"weights-{_digest(model)}"
+        if folder == self._loaded:
+            return
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if distributed and torch.distributed.get_rank():
+            self._wait_for(folder)
+        else:
+            self._load(model, folder)
+            if self._loaded is not None:
+                shutil.rmtree(self._loaded, ignore_errors=True)
+        self._loaded = folder
+
+    def _wait_for(self, folder: Path) -> None:
+        # Not a collective: processes may call a generator differently often, where one has nothing to sample.
+        deadline = time.monotonic() + self.timeout
+        while time.monotonic() < deadline:
+            try:
+                # A mark from before this run says nothing about the server of today; file times are coarse.
+                if (folder / _LOADED).stat().st_mtime > self._created - 1:
+                    return
+            except FileNotFoundError:
+                pass
+            time.sleep(0.02)
+        raise ServerError(
+            f"process 0 did not send the weights within timeout={self.timeout} seconds (no {folder / _LOADED}): "
+            "it failed, weights_dir is another folder there, or the processes hold different weights"
+        )
+
+    def _load(self, model: PreTrainedModel, folder: Path) -> None:
+        """Write the weights to a new folder (a server may keep the old files mapped) and have the server load them."""
+        if not folder.exists():
+            unfinished = folder.with_name(f"{folder.name}.tmp")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            model.save_pretrained(unfinished)
+            os.replace(unfinished, folder)
         if self.dialect == "sglang":
             answer = self._client.post("/update_weights_from_disk", {"model_path": str(folder)})
             if answer.get("success") is not True:
@@ -335,9 +347,7 @@ class ServerGenerator:
             hint = "; start vLLM with VLLM_SERVER_DEV_MODE=1, in a version whose reload_weights takes weights_path"
             self._client.post("/collective_rpc", call, hint=hint)
             self._client.post("/reset_prefix_cache", {}, hint=hint)  # its entries come from the weights before
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-        self._folder = folder
+        (folder / _LOADED).touch()
 
 
 def _row_seeds(seed: int | Sequence[int], num_prompts: int, num_generations: int) -> list[list[int]]:
@@ -353,14 +363,14 @@ def _row_seeds(seed: int | Sequence[int], num_prompts: int, num_generations: int
     return [draw(source, num_generations).tolist() for source in seed]
 
 
-def _fingerprint(model: PreTrainedModel) -> list[float]:
-    """Two sums over every parameter: different weights give, for all practical purposes, different numbers."""
+def _digest(model: PreTrainedModel) -> str:
+    """A name for the weights, from two sums over every parameter: others have, for all practical purposes, another."""
     with torch.no_grad():
         sums = [
             torch.stack([parameter.sum(dtype=torch.float64), parameter.norm(dtype=torch.float64)])
             for parameter in model.parameters()
         ]
-        return torch.cat(sums).tolist()
+    return hashlib.blake2b(torch.cat(sums).cpu().numpy().tobytes(), digest_size=8).hexdigest()
 
 
 def _excerpt(answer: dict[str, Any]) -> str:
