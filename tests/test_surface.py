@@ -53,19 +53,19 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     ),
     "run": ("seeds", "output_dir", "cache_dir", "quick", "method"),
     "train": (
-        *("model", "dataset", "output_dir", "resume", "sft_steps", "sft_learning_rate", "shots", "max_steps"),
-        *("num_generations", "per_device_train_batch_size", "gradient_accumulation_steps", "num_iterations"),
-        *(
-            "max_completion_length",
-            "temperature",
-            "learning_rate",
-            "lr_scheduler_type",
-            "adam_beta2",
-            "loss_type",
-            "scale_rewards",
-        ),
-        *("epsilon", "epsilon_high", "beta", "use_peft", "lora_r", "shared_prefix", "max_tokens", "compare_every"),
-        *("gradient_checkpointing", "bf16", "eval_prompts", "eval_steps", "save_steps", "save_total_limit", "seed"),
+        *("max_steps", "num_generations", "max_completion_length", "temperature", "top_p", "top_k"),
+        *("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "num_iterations"),
+        *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2"),
+        *("max_grad_norm", "loss_type", "credit", "scale_rewards", "epsilon", "epsilon_high", "delta"),
+        *("importance_sampling_level", "beta", "kl_estimator", "use_bias_correction_kl", "entropy_coef"),
+        *("router_aux_loss_coef", "mask_truncated_completions", "soft_punish_cache", "dynamic_sampling"),
+        *("max_generation_batches", "importance_sampling_correction", "importance_sampling_mode"),
+        *("importance_sampling_clip_max", "importance_sampling_clip_min", "shared_prefix", "max_tokens"),
+        *("compare_every", "bf16", "gradient_checkpointing", "seed"),
+        # Not of GRPO:
+        *("model", "dataset", "output_dir", "resume", "method", "traces", "tempo", "prefix_rft", "prefix_rl"),
+        *("pppo", "sft_steps", "sft_learning_rate", "shots", "use_peft", "lora_r", "eval_prompts", "eval_steps"),
+        *("save_steps", "save_total_limit", "report_to"),
     ),
 }
 
