@@ -75,11 +75,21 @@ def test_at_the_limit_dropped_groups_fill_the_batch(make_trainer: Make) -> None:
     assert trainer._batch.prompt_ids == [row["prompt_ids"] for row in prompts(0, 2)]
     assert metrics["grad_norm"] == 0.0
 
-    options = {"reward_funcs": sometimes_equal, "prompts": prompts}
-    partly = make_trainer(dynamic_sampling=True, max_generation_batches=2, **options)
-    counts = partly.step()
+
+def test_groups_that_fill_the_batch_keep_their_place(make_trainer: Make) -> None:
+    trainer = make_trainer(
+        dynamic_sampling=True,
+        max_generation_batches=2,
+        reward_funcs=sometimes_equal,
+        prompts=lambda generation, count: prompts(generation + 1, count),
+    )
+    counts = trainer.step()
     assert (counts["dynamic_sampling/groups_kept"], counts["dynamic_sampling/groups_filled"]) == (1, 1)
-    assert sorted(map(is_equal, partly._batch.prompt_ids)) == [False, True]
+    asked = asked_from(1)[:4]
+    assert [is_equal(prompt) for prompt in asked] == [True, True, False, True]
+    assert trainer._batch.prompt_ids == [asked[0], asked[2]]
+    assert trainer._batch.group_id.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert (trainer._batch.advantages.view(2, 4).abs().amax(1) > 0).tolist() == [False, True]
 
 
 def test_lengths_do_not_make_equal_answers_different(make_trainer: Make) -> None:
