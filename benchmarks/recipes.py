@@ -81,6 +81,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--cache-dir", type=Path, default=Options.cache_dir)
     parser.add_argument("--check", action="store_true", help="only compare; status 1 when the page is stale")
     given = parser.parse_args(arguments)
+    unknown = sorted({*given.methods} - {*METHODS})
+    if unknown:
+        parser.error(f"no reproduction of {unknown[0]}; there are {', '.join(METHODS)}")
     if given.check:
         stale = PAGE.read_text(encoding="utf-8") != page()
         if stale:

@@ -1,0 +1,45 @@
+"""`stemma run`: reproductions are found by their place, without importing them."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from stemma.cli import run
+from stemma.cli.main import main
+
+METHODS = {"pppo", "prefix-rft", "prefix-rl", "tempo"}
+
+
+def test_every_method_with_a_run_function_is_listed(capsys):
+    assert main(["run"]) == 0
+    out = capsys.readouterr().out
+    assert {line.split()[0] for line in out.splitlines()} == METHODS == set(run.recipes())
+    assert "TEMPO: credit for the tokens" in out
+
+
+def test_the_list_as_json(capsys):
+    assert main(["run", "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)["recipes"]) == METHODS
+
+
+def test_listing_and_help_import_no_torch():
+    code = (
+        "import sys\nfrom stemma.cli.main import main\n"
+        "main(['run'])\nmain(['run', '--help'])\nmain(['run', 'nope'])\n"
+        "print([m for m in ('torch', 'transformers', 'matplotlib') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(("asked", "near"), [("tempoo", "tempo"), ("prefix_rft", "prefix-rft"), ("ppo", "pppo")])
+def test_an_unknown_method_names_the_nearest(asked, near, capsys):
+    assert main(["run", asked]) == 2
+    assert f"Did you mean `stemma run {near}`?" in capsys.readouterr().err
+
+
+def test_seeds_are_checked(capsys):
+    assert main(["run", "tempo", "--seeds", "0"]) == 2
+    assert "seeds must be at least 1" in capsys.readouterr().err
