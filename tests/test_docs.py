@@ -1,7 +1,8 @@
 """The pages are true: their Python runs, their command lines parse, their links lead somewhere.
 
 Conventions for code fences: `python` blocks of a page run in order, in one namespace and an empty folder; those marked
-`python no-run` must compile; in `sh` blocks every `stemma` line must parse and every `./dev` job must exist.
+`python no-run` must compile; in `sh` blocks every `stemma` line must parse and every `./dev` job must exist. A `yaml`
+block that begins with `# name.yaml` is that file for the commands of its page.
 """
 
 import contextlib
@@ -68,7 +69,12 @@ def command_lines(path: Path) -> list[tuple[str, int]]:
 
 
 @pytest.mark.parametrize("path", with_blocks("sh"), ids=page_id)
-def test_command_lines_of_the_page_parse(path: Path) -> None:
+def test_command_lines_of_the_page_parse(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _, text, _ in blocks(path, "yaml"):
+        name = re.match(r"# (\S+\.yaml)\n", text)
+        if name:
+            Path(name[1]).write_text(text, encoding="utf-8")
     jobs = re.findall(r"^(\w+)\)$", (ROOT / "dev").read_text(encoding="utf-8"), re.MULTILINE)
     for text, line in command_lines(path):
         words = [word for word in shlex.split(text, comments=True) if not re.fullmatch(r"[A-Z_]+=.*", word)]

@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import io
+import subprocess
+import sys
 import types
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -207,3 +209,13 @@ def test_written_options_read_back_as_the_same(
 
 def test_left_out_options() -> None:
     assert "name" not in yaml.safe_load(_flags.to_yaml(Config(), leave_out=["name"]))
+
+
+def test_the_help_page_of_training_imports_no_torch() -> None:
+    code = (
+        "import sys\nfrom stemma.cli.main import main\nassert main(['train', '--help']) == 0\n"
+        "assert main(['train', '--epsilon', '2']) == 2\nassert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "epsilon must be in (0, 1)" in done.stderr
