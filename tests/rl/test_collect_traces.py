@@ -77,8 +77,8 @@ def test_the_first_success_is_kept_and_everything_is_counted(collect: Make, make
     assert [(trace.verified, trace.text) for trace in traces] == [(True, "1"), (True, "333"), (False, None)]
     assert [(trace.samples, trace.tokens) for trace in traces] == [(4, 14), (4, 14), (5, 16)]
     parameters = sum(p.numel() for p in make_model().parameters())
-    # 6 tokens of prompt in every round; the last token of a completion never goes through the model.
-    assert [trace.flops for trace in traces] == [2 * parameters * (6 + 10)] * 2 + [2 * parameters * (12 + 11)]
+    # 6 tokens of prompt in every round, and what was sampled.
+    assert [trace.flops for trace in traces] == [2 * parameters * (6 + 14)] * 2 + [2 * parameters * (12 + 16)]
     assert all(trace.columns == {"answer": "72"} for trace in traces)
 
 

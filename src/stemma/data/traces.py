@@ -44,7 +44,7 @@ class Trace:
     tokens: int = 0
     """Tokens of those completions."""
     flops: float = 0.0
-    """Estimated floating-point operations of sampling them: 2 × parameters × tokens that went through the model."""
+    """Estimated floating-point operations of sampling them: 2 × parameters × tokens, each prompt once per round."""
     columns: Mapping[str, Any] = field(default_factory=dict)
     """The other columns of the problem's row, for its verifier."""
 

@@ -18,7 +18,7 @@ as the beginning of the completion (`prefix_ids`). The policy gradient has the g
 
 What we changed: ``h`` is uniform over the whole numbers of tokens within the ratio, so that it never leaves it; cuts
 can be restricted to boundaries; traces are kept as token ids from sampling to training. We estimate sampling at 2ND
-operations as the paper does, with D the tokens that went through the model: each prompt once per round.
+operations as the paper does, with D all sampled tokens and each prompt once per round.
 
 Relations: a choice of prompts alone, so any rollout, credit (such as the tree credit of TEMPO) and loss of the trainer
 goes with it. Prefix-RFT trains on its prefixes, PrefixRL never does. The shared forward encodes problem and prefix once
@@ -108,13 +108,14 @@ def collect_traces(
             raise ValueError(f"{name} must be at least 1, got {value}")
     if generator is None:
         generator = LocalGenerator(eos_token_id=end_token_ids(model, processing_class), temperature=temperature)
+    decode: Callable[[list[int]], str] = partial(processing_class.decode, skip_special_tokens=True)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     with nullcontext() if path is None else TraceFile(path) as file:
         traces: list[Trace] = [] if file is None else list(file.traces[: len(problems)])
         for index, trace in enumerate(traces):
             _check_resumed(f"{path}, trace {index + 1}", trace, problems[index], source)
         for index in range(len(traces), len(problems)):
-            row, samples, tokens, encoded = problems[index], 0, 0, 0
+            row, samples, tokens, prompt_tokens = problems[index], 0, 0, 0
             if row.get("prefix_ids"):
                 raise InvalidDataError(f"problem {index} has prefix_ids; collect traces of whole problems")
             found: list[int] = []
@@ -124,11 +125,10 @@ def collect_traces(
                 size = min(samples_per_round, max_samples - samples)
                 round_seed = stream_seed(seed, "traces", index, samples // samples_per_round)
                 batch = sample(model, generator, max_completion_length, [row["prompt_ids"]], size, [round_seed])
-                decode: Callable[[list[int]], str] = partial(processing_class.decode, skip_special_tokens=True)
                 (rewards,) = score_completions([verify], [row], batch, decode)
                 completions = batch.completions()
                 samples, tokens = samples + size, tokens + sum(map(len, completions))
-                encoded += batch.encoded_tokens
+                prompt_tokens += len(row["prompt_ids"])
                 for ids, reward, cut_off in zip(completions, rewards, batch.truncated.tolist(), strict=True):
                     if reward is not None and reward >= 1 and not cut_off:
                         found = ids
@@ -141,7 +141,7 @@ def collect_traces(
                 source=source,
                 samples=samples,
                 tokens=tokens,
-                flops=2.0 * parameters * encoded,
+                flops=2.0 * parameters * (prompt_tokens + tokens),
                 columns={name: value for name, value in row.items() if name != "prompt_ids"},
             )
             traces.append(trace)
