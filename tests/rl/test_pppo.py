@@ -54,8 +54,10 @@ def test_a_share_of_every_output_is_retained_and_at_least_one_token(lengths: lis
     assert kept == [max(1, percent * length // 100) for length in lengths]
 
 
-def test_an_empty_output_retains_nothing() -> None:
+def test_an_empty_output_retains_nothing_and_an_integer_share_is_that_integer() -> None:
     assert retained_lengths(torch.tensor([0, 1]), 0.5).tolist() == [0, 1]
+    assert math.floor(0.29 * 100) == 28  # what rounding makes of it
+    assert retained_lengths(torch.tensor([100]), 0.29).tolist() == [29]
 
 
 @pytest.mark.parametrize("eta", [0.0, -0.1, 1.01, math.nan])

@@ -57,6 +57,7 @@ def test_a_cut_that_means_an_integer_is_that_integer() -> None:
     assert prefix_length(0.29, 100) == 29
     assert prefix_length(0.95, 20) == 19
     assert [prefix_length(0.95, n) for n in (0, 1, 2)] == [0, 0, 1]
+    assert [prefix_length(1.0, n) for n in (0, 1, 7)] == [0, 0, 6]
 
 
 # ---------------------------------------------------------------------------------------------- rollout
