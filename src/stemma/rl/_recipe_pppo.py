@@ -7,6 +7,7 @@ GRPO draws groups as large as outputs and continuations together. It is compared
 where it has optimised as many tokens as PPPO. The continuations of a beginning say how much of the outcome it decides.
 """
 
+import math
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -148,7 +149,7 @@ def _lock_in(study: Study, report: Report) -> None:
                 repeats=each["num_problems"],
                 baseline=lower,
                 baseline_value=each[lower],
-                error=float(np.hypot(*_errors(each, higher, lower))),
+                error=math.hypot(*_errors(each, higher, lower)),
                 claim=claim,
                 expected="higher",
             )

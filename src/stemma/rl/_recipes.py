@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from stemma.data import diallock
 from stemma.models.rollout import Generator, LocalGenerator
@@ -23,6 +24,7 @@ from stemma.models.tiny import tiny_model
 from stemma.rl._shared import Row, ShuffledRows, sample
 from stemma.rl.grpo import Config, Trainer
 from stemma.train import sft
+from stemma.train.checkpoint import load_weights
 from stemma.train.recipe import Options, Runs, fingerprint
 from stemma.train.seeds import stream_seed
 
@@ -51,6 +53,7 @@ class BasePolicy:
 
     def load(self, cache_dir: Path, say: Callable[[str], None]) -> Any:
         """The policy from its folder in `cache_dir`; trained and written there first where it is missing."""
+        logging.disable_progress_bar()  # of loading and saving weights; runs have lines of their own
         folder = cache_dir / f"diallock-{fingerprint(asdict(self))}"
         if not folder.exists():
             model = self._train(say)
@@ -62,7 +65,7 @@ class BasePolicy:
             except OSError:  # another process was faster
                 shutil.rmtree(temporary)
         model = self.make()
-        model.load_state_dict(type(model).from_pretrained(folder, dtype=torch.float32).state_dict())
+        load_weights(model, folder)
         return model
 
     def make(self) -> Any:
