@@ -3,7 +3,7 @@ import torch
 
 import stemma
 from stemma.models.adapter import base_model
-from stemma.models.group_attention import GroupAttention, GroupedLayer
+from stemma.models.group_attention import GroupAttention, _GroupedLayer
 from stemma.models.rollout import generate_groups
 from stemma.models.tiny import tiny_model
 
@@ -67,14 +67,14 @@ def test_one_copy_of_the_prompt_gives_the_samples_of_many(adopted, monkeypatch, 
 
 def test_prompts_are_held_once_and_rows_hold_their_own_tokens(monkeypatch):
     model, held = make("llama"), []
-    update = GroupedLayer.update
+    update = _GroupedLayer.update
 
     def spy(self, *args, **kwargs):
         answer = update(self, *args, **kwargs)
         held.append((sum(key.shape[2] for key, _ in self.prompts), tuple(self.keys.shape), self.get_seq_length()))
         return answer
 
-    monkeypatch.setattr(GroupedLayer, "update", spy)
+    monkeypatch.setattr(_GroupedLayer, "update", spy)
     rollouts = generate_groups(model, PROMPTS[:3], **(CALL | {"eos_token_id": None}))
     assert held[:2] == [(7 + 1 + 3, (9, 4, 1, 8), 8)] * 2  # two layers
     assert held[-1] == (11, (9, 4, 11, 8), 18)

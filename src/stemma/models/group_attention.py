@@ -52,7 +52,7 @@ class GroupAttention:
         self.grouped = False
         self.suitable, self._room = suitable, room
         self._seen: dict[int, Tensor] = {}  # keys that each layer attended to when the prompts were encoded
-        self._layers: dict[int, GroupedLayer] = {}
+        self._layers: dict[int, _GroupedLayer] = {}
         self._counts: list[int] = []
 
     def adopt(self, cache: Cache, lengths_B: Tensor, source_N: Tensor) -> bool:
@@ -75,7 +75,7 @@ class GroupAttention:
         self.grouped, self._counts = True, counts.tolist()
         spans = [(source, int(lengths_B[source])) for source in sources.tolist()]
         for index, layer in enumerate(cache.layers):
-            cache.layers[index] = self._layers[index] = GroupedLayer(layer, spans, len(source_N), self._room)
+            cache.layers[index] = self._layers[index] = _GroupedLayer(layer, spans, len(source_N), self._room)
         return True
 
     def select(self, indices: Tensor) -> None:
@@ -129,7 +129,7 @@ def _merge(output: Tensor, total: Tensor, other: Tensor, other_total: Tensor) ->
     return torch.lerp(output, other, share), torch.logaddexp(total, other_total)
 
 
-class GroupedLayer(DynamicLayer):
+class _GroupedLayer(DynamicLayer):
     """Keys and values of one layer: of each prompt once, and of what each row has added.
 
     Attributes:
