@@ -24,15 +24,16 @@ def test_a_finished_run_is_not_made_again(tmp_path):
         calls.append(1)
         return {"final": 0.5}
 
-    first = runs("my method", 3, {"lr": 1e-4}, train)
-    again = runs("my method", 3, {"lr": 1e-4}, train)
+    first = runs("mine, 35 % of it/whole", 3, {"lr": 1e-4}, train)
+    again = runs("mine, 35 % of it/whole", 3, {"lr": 1e-4}, train)
     assert first == again
-    assert first["method"] == "my method"
+    assert first["method"] == "mine, 35 % of it/whole"
+    assert [path.name for path in tmp_path.iterdir()] == [f"mine-35-of-it-whole-3-{fingerprint({'lr': 1e-4})}.json"]
     assert (first["seed"], first["settings"]) == (3, {"lr": 1e-4})
     assert len(calls) == 1
     assert "finished before" in lines[-1]
-    runs("my method", 3, {"lr": 2e-4}, train)  # other settings are another run
-    runs("my method", 4, {"lr": 1e-4}, train)
+    runs("mine", 3, {"lr": 2e-4}, train)  # other settings are another run
+    runs("mine", 4, {"lr": 1e-4}, train)
     assert len(calls) == 3
     assert not list(tmp_path.glob(".*"))
 

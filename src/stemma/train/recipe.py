@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import math
+import re
 import statistics
 import sys
 import time
@@ -68,7 +69,8 @@ class Runs:
         Raises:
             InvalidDataError: the file is not what a finished run leaves.
         """
-        path = self.folder / f"{method.replace(' ', '-')}-{seed}-{fingerprint(settings)}.json"
+        name = re.sub(r"[^A-Za-z0-9]+", "-", method)
+        path = self.folder / f"{name}-{seed}-{fingerprint(settings)}.json"
         if path.exists():
             try:
                 found = json.loads(path.read_text(encoding="utf-8"))
