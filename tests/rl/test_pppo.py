@@ -347,13 +347,16 @@ def test_lock_in_of_a_policy_whose_first_token_decides() -> None:
 
 
 def test_lock_in_of_a_policy_without_memory_is_none() -> None:
-    def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
-        return [float(ids[4] < 15) for ids in completion_ids]
+    """Success is rare, so that outputs which made a problem count overstate its chance: other samples measure it."""
 
-    rows = [{"prompt_ids": [index]} for index in range(200)]
+    def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        return [float(ids[4] < 11) for ids in completion_ids]
+
+    rows = [{"prompt_ids": [index]} for index in range(400)]
     (found,) = beginning_lock_in(Coins(), rows, reward, str, fractions=(0.6,))
-    assert found.after_correct == pytest.approx(found.after_wrong, abs=0.05)
-    assert found.after_correct == pytest.approx(found.correct, abs=0.05)
+    assert 180 < found.num_problems < 300
+    for probability in (found.correct, found.after_correct, found.after_wrong):
+        assert probability == pytest.approx(0.1, abs=0.03)
 
 
 def test_easy_and_hard_problems_are_no_lock_in_and_unscorable_outputs_are_left_out() -> None:
