@@ -74,22 +74,25 @@ def block_backward(
     causal: bool,
     scale: float,
     softcap: float | None,
+    bias: Tensor | None = None,
 ) -> Gradients:
     """Gradients of one block, exact for the whole row when ``output`` and ``log_sum_exp`` are the merged ones.
 
     Args:
         grad_output: ``(blocks, heads, queries, head_dim)``, gradient of the merged output.
-        query, key, value, causal, scale, softcap: as in :func:`block_forward`.
+        query, key, value, causal, scale, softcap, bias: as in :func:`block_forward`.
         output: merged output, like ``grad_output``.
         log_sum_exp: merged log-sum-exp, ``(blocks, heads, queries)``.
     """
     if softcap is None and query.device.type == "cpu":
+        if bias is not None:
+            bias = bias.expand(query.shape[0], 1, query.shape[2], key.shape[2])
         return Gradients(
             *torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                grad_output, query, key, value, output, log_sum_exp, 0.0, causal, scale=scale
+                grad_output, query, key, value, output, log_sum_exp, 0.0, causal, attn_mask=bias, scale=scale
             )
         )
-    return _math_backward(grad_output, query, key, value, output, log_sum_exp, causal, scale, softcap)
+    return _math_backward(grad_output, query, key, value, output, log_sum_exp, causal, scale, softcap, bias)
 
 
 def _grouped(query: Tensor, key_heads: int) -> Tensor:
@@ -150,6 +153,7 @@ def _math_backward(
     causal: bool,
     scale: float,
     softcap: float | None,
+    bias: Tensor | None = None,
 ) -> Gradients:
     wide = torch.promote_types(query.dtype, torch.float32)
     heads = key.shape[1]
@@ -164,6 +168,8 @@ def _math_backward(
             bent = torch.tanh(scores / softcap)
             slope = 1 - bent * bent
             scores = (softcap * bent).masked_fill(scores == float("-inf"), float("-inf"))
+        if bias is not None:
+            scores = scores + (bias if bias.shape[2] == 1 else bias[:, :, rows])[:, :, None].to(scores.dtype)
         weights = torch.exp(scores - _grouped(log_sum_exp, heads)[:, :, :, rows, None])
         grad = _grouped(grad_output, heads)[:, :, :, rows].to(wide)
         grad_value += torch.einsum("bkgqn,bkgqd->bknd", weights, grad)

@@ -7,8 +7,7 @@ block answers with output ``o_b`` and log-sum-exp ``l_b``; answers to one query 
 
 which is the softmax over all visible keys. The backward hands the *merged* ``o`` and ``l`` to each block's fused
 backward and adds up what comes back (see :mod:`stemma.attention.kernels`). An attention sink ``s`` (gpt-oss) is one
-more answer:
-log-sum-exp ``s``, output zero.
+more answer: log-sum-exp ``s``, output zero; so is what a learned prefix answers (:mod:`stemma.attention.kernelized`).
 
 Prefix Grouper (arXiv 2506.05433) is the tree of two levels; there the prefix's keys and values are repeated for each
 response. Here they are read where they lie, whatever the number of responses and levels.
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stemma.attention.decode import merge
 from stemma.attention.kernels import block_backward, block_forward
 from stemma.prefix.layout import Block, Layout
 
@@ -39,6 +39,7 @@ def tree_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    answer: tuple[Tensor, Tensor] | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Attention of every packed token to the tokens on its path.
@@ -53,11 +54,13 @@ def tree_attention(
         window: a key is visible when ``position_query - position_key < window``; None for all.
         softcap: ``c`` of ``c * tanh(score / c)``; None for none.
         sinks: ``(heads,)`` logits that take part in the softmax and carry no value; None for none.
+        answer: what other keys answer, ``(1, heads, T, value_dim)``, and its log-sum-exp ``(1, heads, T)``; None for
+            none. Not with "flex".
         backend: "blocks" (any device), "varlen" (CUDA, half precision) or "flex" (CUDA); None picks "varlen" where it
             applies, else "blocks".
 
     Returns:
-        ``(1, heads, T, value_dim)``, differentiable in ``query``, ``key``, ``value`` and ``sinks``.
+        ``(1, heads, T, value_dim)``, differentiable in ``query``, ``key``, ``value``, ``sinks`` and ``answer``.
 
     Raises:
         ValueError: shapes that do not fit the layout, or an unknown backend.
@@ -74,6 +77,8 @@ def tree_attention(
         raise ValueError(f"window must be at least 1, got {window}.")
     scale = head_dim**-0.5 if scale is None else float(scale)
     value_dim = value.shape[-1]
+    if answer is not None and value_dim < head_dim:
+        answer = (torch.nn.functional.pad(answer[0], (0, head_dim - value_dim)), answer[1])
     # Fused kernels want one head size (latent attention has two), one dtype (rotary tables may widen queries).
     if value_dim < head_dim:
         value = torch.nn.functional.pad(value, (0, head_dim - value_dim))
@@ -83,13 +88,17 @@ def tree_attention(
     query, key = query.to(value.dtype), key.to(value.dtype)
     backend = backend or _default_backend(query, softcap)
     if backend == "flex":
+        if answer is not None:
+            raise ValueError("the 'flex' backend takes no answer of other keys; leave the backend to None.")
         from stemma.attention.flex import flex_tree_attention
 
         output = flex_tree_attention(
             query, key, value, layout, scale=scale, window=window, softcap=softcap, sinks=sinks
         )
     elif backend in ("blocks", "varlen"):
-        output = _TreeAttention.apply(query, key, value, sinks, layout, scale, window, softcap, backend)
+        output = _TreeAttention.apply(
+            query, key, value, sinks, *(answer or (None, None)), layout, scale, window, softcap, backend
+        )
     else:
         raise ValueError(f"backend must be 'blocks', 'varlen', 'flex' or None, got {backend!r}.")
     return output[..., :value_dim]
@@ -110,6 +119,7 @@ def reference_tree_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    answer: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """What :func:`tree_attention` computes, with one dense mask over all pairs of tokens. For tests; same arguments."""
     device, shift, tokens = query.device, layout.context, layout.num_tokens
@@ -126,7 +136,10 @@ def reference_tree_attention(
     scores = scores.masked_fill(~visible, float("-inf"))
     if sinks is not None:
         scores = torch.cat([scores, sinks.to(scores.dtype).view(1, -1, 1, 1).expand(1, -1, tokens, 1)], dim=-1)
-    return torch.softmax(scores, dim=-1)[..., : shift + tokens] @ value
+    if answer is None:
+        return torch.softmax(scores, dim=-1)[..., : shift + tokens] @ value
+    weights = torch.softmax(torch.cat([scores, answer[1][..., None]], dim=-1), dim=-1)
+    return weights[..., : shift + tokens] @ value + weights[..., -1:] * answer[0]
 
 
 class _TreeAttention(torch.autograd.Function):
@@ -139,6 +152,8 @@ class _TreeAttention(torch.autograd.Function):
         key: Tensor,
         value: Tensor,
         sinks: Tensor | None,
+        answer: Tensor | None,
+        answer_sums: Tensor | None,
         layout: Layout,
         scale: float,
         window: int | None,
@@ -156,15 +171,17 @@ class _TreeAttention(torch.autograd.Function):
             merged = torch.logaddexp(log_sum_exp, sink)
             output.mul_(torch.exp(log_sum_exp - merged)[..., None])
             log_sum_exp = merged
+        if answer is not None and answer_sums is not None:
+            output, log_sum_exp = merge(output, log_sum_exp, answer.to(output.dtype), answer_sums.to(log_sum_exp.dtype))
         output = output.to(query.dtype)
-        ctx.save_for_backward(query, key, value, sinks, output, log_sum_exp)
+        ctx.save_for_backward(query, key, value, sinks, answer, answer_sums, output, log_sum_exp)
         ctx.settings = (layout, scale, window, softcap, backend)
         return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, sinks, output, log_sum_exp = ctx.saved_tensors
+        query, key, value, sinks, answer, answer_sums, output, log_sum_exp = ctx.saved_tensors
         layout, scale, window, softcap, backend = ctx.settings
         if backend == "varlen":
             from stemma.attention.varlen import varlen_backward
@@ -179,7 +196,13 @@ class _TreeAttention(torch.autograd.Function):
             row_term = (grad_output.to(log_sum_exp.dtype) * output.to(log_sum_exp.dtype)).sum(dim=-1)
             weight = torch.exp(sinks.to(log_sum_exp.dtype).view(1, -1, 1) - log_sum_exp)
             grad_sinks = -(weight * row_term).sum(dim=(0, 2)).to(sinks.dtype)
-        return *grads, grad_sinks, None, None, None, None, None
+        grad_answer = grad_answer_sums = None
+        if answer is not None:
+            grad, wide = grad_output.to(log_sum_exp.dtype), log_sum_exp.dtype
+            weight = torch.exp(answer_sums.to(wide) - log_sum_exp)
+            grad_answer = (weight[..., None] * grad).to(answer.dtype)
+            grad_answer_sums = (weight * (grad * (answer.to(wide) - output.to(wide))).sum(dim=-1)).to(answer_sums.dtype)
+        return *grads, grad_sinks, grad_answer, grad_answer_sums, None, None, None, None, None
 
 
 def _pick(tensor: Tensor, rows: slice | Tensor, count: int) -> Tensor:

@@ -32,6 +32,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from stemma.attention import tree_attention
 from stemma.errors import UnsupportedModelError
+from stemma.models.layer_attention import (
+    KERNEL_PREFIX,
+    answered,
+    observe,
+    place,
+    refuse_other_attention,
+    scale_of,
+)
 from stemma.models.masks import Mask, ReadingCache, asked_cache, masks_causally, probe
 from stemma.prefix.layout import Layout
 
@@ -50,8 +58,6 @@ LAYOUT_ARGUMENT = "stemma_call"
 """Keyword argument under which a tree call travels from ``model(...)`` to every attention function."""
 
 _PREFIX = "stemma_"
-_HARMLESS = {"position_ids", "cache_position"}
-"""Tensors handed to attention functions that do not change what attention computes."""
 
 
 @dataclass(eq=False)
@@ -233,6 +239,9 @@ def _register(original: str) -> str:
             call = _current.get()
         if call is not None:
             return _attend(call, module, query, key, value, attention_mask, **kwargs), None
+        observe(module, query, key, value, kwargs.get("scaling"))
+        if hasattr(module, KERNEL_PREFIX):
+            return answered(module, query, key, value, attention_mask, **kwargs), None
         if original == "eager":
             function = sys.modules[type(module).__module__].eager_attention_forward
         else:
@@ -272,12 +281,12 @@ def _attend(
     **others: Any,
 ) -> Tensor:
     """Tree attention under the signature of transformers; returns ``(1, T, heads, value_dim)``."""
-    layout, where = call.layout, _place(module)
+    layout, where = call.layout, place(module)
     if isinstance(attention_mask, Mask):
         sliding_window = _window(where, attention_mask)
     elif attention_mask is not None:
         raise UnsupportedModelError(f"{where} received a mask of its own making; a tree call must not carry a mask.")
-    _refuse_other_attention(where, module, **others)
+    refuse_other_attention(where, module, **others)
     if query.shape[2] != layout.num_tokens or key.shape[2] != layout.num_tokens:
         raise UnsupportedModelError(
             f"{where} attends from {query.shape[2]} to {key.shape[2]} positions where the packed row has "
@@ -296,8 +305,10 @@ def _attend(
                 raise UnsupportedModelError(f"{where} attends twice in one forward, so it cannot be streamed.")
             call.captured[module] = (key, value)
             call.hidden_graph |= not torch.is_grad_enabled()
+    prefix = getattr(module, KERNEL_PREFIX, None)
+    answer = None if prefix is None else prefix(query, scale_of(query, scaling))
     output = tree_attention(
-        query, key, value, layout, scale=scaling, window=sliding_window, softcap=softcap, sinks=s_aux
+        query, key, value, layout, scale=scaling, window=sliding_window, softcap=softcap, sinks=s_aux, answer=answer
     )
     return output.transpose(1, 2)
 
@@ -317,50 +328,24 @@ def _read(
     **others: Any,
 ) -> Tensor:
     """Attention over a cache under the signature of transformers; returns ``(rows, n, heads, value_dim)``."""
-    where = _place(module)
+    where = place(module)
     window = _window(where, mask)
-    _refuse_other_attention(where, module, **others)
+    if hasattr(module, KERNEL_PREFIX):
+        raise UnsupportedModelError(
+            f"{where} has a learned prefix, which a cache of shared prefixes does not merge. Generate with the model's "
+            "own generate, or detach it."
+        )
+    refuse_other_attention(where, module, **others)
     if query.shape[2] != key.shape[2]:
         raise UnsupportedModelError(
             f"{where} attends from {query.shape[2]} to {key.shape[2]} positions where both should be the new tokens; "
             "cross attention and learned prefix tokens cannot be combined with shared prefixes."
         )
-    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    scale = scale_of(query, scaling)
     return cache.attend(module, query, key, value, scale=scale, window=window, softcap=softcap, sinks=s_aux)
-
-
-def _place(module: nn.Module) -> str:
-    return f"{type(module).__name__} (layer {getattr(module, 'layer_idx', '?')})"
 
 
 def _window(where: str, mask: Mask) -> int | None:
     if mask.refusal:
         raise UnsupportedModelError(f"{where} masks its attention: {mask.refusal}")
     return mask.window
-
-
-def _refuse_other_attention(
-    where: str,
-    module: nn.Module,
-    *,
-    dropout: float = 0.0,
-    position_bias: Tensor | None = None,
-    is_causal: bool | None = None,
-    **others: Any,
-) -> None:
-    """Refuse attention that is not causal softmax attention over all keys of the path."""
-    unknown = sorted(name for name, value in others.items() if isinstance(value, Tensor) and name not in _HARMLESS)
-    if unknown:
-        raise UnsupportedModelError(
-            f"{where} hands its attention function {', '.join(unknown)}, which tree attention does not know (sparse "
-            "selections of keys, say)."
-        )
-    if position_bias is not None:
-        raise UnsupportedModelError(f"{where} adds a position bias to its scores, which no block kernel computes.")
-    if (getattr(module, "is_causal", True) if is_causal is None else is_causal) is False:
-        raise UnsupportedModelError(f"{where} attends in both directions; prefixes need causal attention.")
-    if dropout:
-        raise UnsupportedModelError(
-            f"{where} has active attention dropout {dropout}: dropped weights would differ between a shared and a "
-            "repeated prefix. Set attention_dropout=0 in the config, or call model.eval()."
-        )

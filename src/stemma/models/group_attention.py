@@ -27,6 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from stemma.attention.kernels import block_forward
 from stemma.models.adapter import base_model
+from stemma.models.layer_attention import KERNEL_PREFIX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -92,6 +93,7 @@ class GroupAttention:
         unknown = [option for name, option in options.items() if name not in _KNOWN]
         harmless = not any(isinstance(option, Tensor) or type(option) in (int, float) for option in unknown)
         causal = getattr(module, "is_causal", True) and options.get("is_causal") is not False
+        harmless &= not hasattr(module, KERNEL_PREFIX)
         if index is None or index in self._seen or not harmless or not causal or key.shape != value.shape:
             self.suitable = False
         else:

@@ -1,0 +1,145 @@
+"""Attention of one layer under the signature of transformers: what is refused, who watches, and learned prefixes.
+
+An attention module may have a sub-module named :data:`KERNEL_PREFIX`, which answers for a prefix that has no keys
+(:mod:`stemma.tune.ntk_attention`). Wherever the registered implementation of :mod:`stemma.models.adapter` computes that
+module's attention, the two are merged.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stemma.attention.decode import merge
+from stemma.attention.kernelized import answered_attention
+from stemma.errors import UnsupportedModelError
+
+__all__ = [
+    "KERNEL_PREFIX",
+    "answered",
+    "observe",
+    "observed_attention",
+    "place",
+    "refuse_other_attention",
+    "scale_of",
+]
+
+KERNEL_PREFIX = "kernel_prefix"
+"""Name of the sub-module of an attention module that answers for a prefix: called with queries and scale, it returns an
+output and a log-sum-exp, which are merged with the layer's attention."""
+
+_HARMLESS = {"position_ids", "cache_position"}
+"""Tensors handed to attention functions that do not change what attention computes."""
+
+Observer = Callable[[nn.Module, Tensor, Tensor, Tensor, float], None]
+"""Told the module, queries, keys, values and scale of each attention call."""
+
+_observer: ContextVar[Observer | None] = ContextVar("stemma_attention_observer", default=None)
+
+
+@contextmanager
+def observed_attention(observer: Observer) -> Iterator[None]:
+    """Let ``observer`` see every attention call of enabled models that is neither a tree's nor a cache's."""
+    token = _observer.set(observer)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
+
+
+def observe(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> None:
+    """Tell the observer, if there is one, of an attention call."""
+    observer = _observer.get()
+    if observer is not None:
+        observer(module, query, key, value, scale_of(query, scaling))
+
+
+def place(module: nn.Module) -> str:
+    """A layer, for messages."""
+    return f"{type(module).__name__} (layer {getattr(module, 'layer_idx', '?')})"
+
+
+def scale_of(query: Tensor, scaling: float | None) -> float:
+    """The factor on scores."""
+    return query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+
+
+def answered(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    **others: Any,
+) -> Tensor:
+    """Attention under a dense mask, merged with what the module's prefix answers; ``(rows, n, heads, value_dim)``."""
+    where = place(module)
+    refuse_other_attention(where, module, **others)
+    if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.dim() != 4):
+        raise UnsupportedModelError(
+            f"{where} has a mask that is no (rows, 1, n, keys) tensor; a learned prefix needs a model loaded with "
+            'attn_implementation="sdpa" or "eager".'
+        )
+    causal = (getattr(module, "is_causal", True) if is_causal is None else is_causal) and query.shape[2] > 1
+    bias = attention_mask
+    if bias is not None and bias.dtype == torch.bool:
+        bias = torch.zeros(bias.shape, dtype=value.dtype, device=value.device).masked_fill(~bias, float("-inf"))
+    prefix: Any = getattr(module, KERNEL_PREFIX)
+    scale = scale_of(query, scaling)
+    answer, answer_sums = prefix(query, scale)
+    if s_aux is not None:
+        sink = s_aux.to(answer_sums.dtype).view(1, -1, 1).expand_as(answer_sums)
+        answer, answer_sums = merge(answer, answer_sums, torch.zeros_like(answer), sink)
+    dims = (query.shape[-1], value.shape[-1])
+    query, key, value, answer = (
+        torch.nn.functional.pad(x, (0, max(dims) - x.shape[-1])) if x.shape[-1] < max(dims) else x
+        for x in (query, key, value, answer)
+    )
+    output = answered_attention(
+        query.to(value.dtype),
+        key.to(value.dtype),
+        value,
+        answer,
+        answer_sums,
+        scale=scale,
+        causal=causal and bias is None,
+        bias=None if bias is None else bias[..., : key.shape[2]].to(value.dtype),
+        softcap=softcap,
+    )
+    return output[..., : dims[1]].transpose(1, 2)
+
+
+def refuse_other_attention(
+    where: str,
+    module: nn.Module,
+    *,
+    dropout: float = 0.0,
+    position_bias: Tensor | None = None,
+    is_causal: bool | None = None,
+    **others: Any,
+) -> None:
+    """Refuse attention that is not causal softmax attention over all keys of the path."""
+    unknown = sorted(name for name, value in others.items() if isinstance(value, Tensor) and name not in _HARMLESS)
+    if unknown:
+        raise UnsupportedModelError(
+            f"{where} hands its attention function {', '.join(unknown)}, which tree attention does not know (sparse "
+            "selections of keys, say)."
+        )
+    if position_bias is not None:
+        raise UnsupportedModelError(f"{where} adds a position bias to its scores, which no block kernel computes.")
+    if (getattr(module, "is_causal", True) if is_causal is None else is_causal) is False:
+        raise UnsupportedModelError(f"{where} attends in both directions; prefixes need causal attention.")
+    if dropout:
+        raise UnsupportedModelError(
+            f"{where} has active attention dropout {dropout}: dropped weights would differ between a shared and a "
+            "repeated prefix. Set attention_dropout=0 in the config, or call model.eval()."
+        )
