@@ -51,6 +51,10 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         "max_tokens",
         "min_shared",
     ),
+    "generate": (
+        *("model", "prompts", "prefix", "output", "max_new_tokens", "num_return_sequences", "num_beams"),
+        *("temperature", "top_p", "top_k", "stop_strings", "share", "max_tokens", "dtype", "device", "seed", "report"),
+    ),
     "run": ("seeds", "output_dir", "cache_dir", "quick", "method"),
     "train": (
         *("max_steps", "num_generations", "max_completion_length", "temperature", "top_p", "top_k"),
@@ -64,7 +68,18 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         *("compare_every", "bf16", "gradient_checkpointing", "seed"),
         # Not of GRPO:
         *("model", "dataset", "output_dir", "resume", "method", "traces", "tempo", "prefix_rft", "prefix_rl"),
-        *("pppo", "sft_steps", "sft_learning_rate", "shots", "use_peft", "lora_r", "eval_prompts", "eval_steps"),
+        *(
+            "pppo",
+            "server",
+            "stop_strings",
+            "sft_steps",
+            "sft_learning_rate",
+            "shots",
+            "use_peft",
+            "lora_r",
+            "eval_prompts",
+            "eval_steps",
+        ),
         *("save_steps", "save_total_limit", "report_to"),
     ),
 }

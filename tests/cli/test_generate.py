@@ -1,0 +1,117 @@
+"""`stemma generate`: lines as from transformers' generate, prompts of all kinds, refusals with the line."""
+
+import json
+
+import pytest
+import torch
+
+from stemma.cli.generate import Config, read_prompts
+from stemma.cli.main import main
+from stemma.errors import InvalidDataError
+from stemma.models.tiny import byte_tokenizer, tiny_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    tiny_model(seed=4).save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return path
+
+
+def write(path, *records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_lines_are_those_of_transformers(folder, tmp_path, capsys):
+    prompts = write(tmp_path / "prompts.jsonl", {"prompt": "shared words, one"}, {"prompt_ids": list(b"shared words")})
+    output = tmp_path / "new" / "out.jsonl"
+    common = ["generate", str(folder), "--prompts", str(prompts), "--max-new-tokens", "6", "--share", "always"]
+    assert main([*common, "--output", str(output), "--report"]) == 0
+    assert "shared run" in capsys.readouterr().err
+    model = tiny_model(seed=4)
+    for line, text in zip(lines(output), ("shared words, one", "shared words"), strict=True):
+        ids = torch.tensor([list(text.encode())])
+        expected = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=257)[0, ids.shape[1] :].tolist()
+        assert line["token_ids"] == expected
+        assert line["text"] == byte_tokenizer().decode(expected, skip_special_tokens=True)
+
+    assert main([*common, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [line["token_ids"] for line in result["generations"]] == [line["token_ids"] for line in lines(output)]
+    assert result["report"]["rows"] == 2
+
+
+def test_a_prefix_goes_before_all_prompts_and_seeds_repeat(folder, tmp_path):
+    def run(name, records, *flags):
+        output = tmp_path / f"{name}.jsonl"
+        prompts = write(tmp_path / "prompts.jsonl", *records)
+        flags = ["--prompts", str(prompts), "--output", str(output), "--max-new-tokens", "5", *flags]
+        assert main(["generate", str(folder), *flags]) == 0
+        return [line["token_ids"] for line in lines(output)]
+
+    prefix = tmp_path / "prefix.txt"
+    prefix.write_text("what all begin with. ", encoding="utf-8")
+    whole = [{"prompt": "what all begin with. A"}, {"prompt": "what all begin with. B"}]
+    rest = [{"prompt": "A"}, {"prompt": "B"}]
+    assert run("prefix", rest, "--prefix", str(prefix)) == run("whole", whole)
+    sampled = ["--temperature", "1", "--num-return-sequences", "3"]
+    first = run("first", whole, *sampled, "--seed", "1")
+    assert len(first) == 6
+    assert first == run("again", whole, *sampled, "--seed", "1")
+    assert first != run("other", whole, *sampled, "--seed", "2")
+    assert len(run("beams", whole, "--num-beams", "2", "--num-return-sequences", "2")) == 4
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({}, "line 1: expected one of prompt"),
+        ({"prompt": "a", "prompt_ids": [1]}, "line 1: expected one of prompt"),
+        ({"prompt": " "}, "line 1: field 'prompt' is blank"),
+        ({"prompt_ids": []}, "line 1: field 'prompt_ids' must be a list of integer"),
+        ({"prompt_ids": ["a"]}, "line 1: field 'prompt_ids' must be a list of integer"),
+        ({"messages": ["hi"]}, "line 1: field 'messages' must be a list of messages"),
+    ],
+)
+def test_lines_that_hold_no_prompt_are_refused(tmp_path, record, words):
+    with pytest.raises(InvalidDataError, match=words):
+        read_prompts(write(tmp_path / "prompts.jsonl", record))
+
+
+def test_messages_are_prompts(tmp_path):
+    messages = [{"role": "user", "content": "hi"}]
+    assert read_prompts(write(tmp_path / "prompts.jsonl", {"messages": messages})) == [messages]
+
+
+def test_failures_are_one_message(folder, tmp_path, capsys):
+    prompts = write(tmp_path / "prompts.jsonl", {"prompt_ids": [999]})
+    assert main(["generate", str(folder), "--prompts", str(prompts)]) == 1
+    assert "outside the model's vocabulary of 258" in capsys.readouterr().err
+    messages = write(tmp_path / "messages.jsonl", {"messages": [{"role": "user", "content": "hi"}]})
+    (tmp_path / "prefix.txt").write_text("a", encoding="utf-8")
+    assert main(["generate", str(folder), "--prompts", str(messages), "--prefix", str(tmp_path / "prefix.txt")]) == 1
+    assert "--prefix is a text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"max_new_tokens": 0}, "--max-new-tokens"),
+        ({"temperature": -1.0}, "--temperature"),
+        ({"top_p": 0.0}, "--top-p"),
+        ({"top_k": -1}, "--top-k"),
+        ({"num_beams": 2, "temperature": 1.0}, "choose one"),
+        ({"num_return_sequences": 2}, "the same sequence again"),
+    ],
+)
+def test_options_are_refused(options, words):
+    from pathlib import Path
+
+    with pytest.raises(ValueError, match=words):
+        Config(model="m", prompts=Path("p"), **options)
