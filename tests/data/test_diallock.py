@@ -88,6 +88,44 @@ def test_reward_reads_the_last_problem_and_needs_the_end_of_sequence():
     assert [diallock.reward(query, slow, slack=slack) for slack in (3, 4)] == [0.0, 1.0]
 
 
+@pytest.mark.parametrize(
+    ("completion", "expected"),
+    [
+        ("a11>12a12>12.<eos>", "right"),
+        ("c20>12d10>12a11>12a12>12.<eos>", "right"),
+        ("c20>12d10>12a11>12b10>12a11>12a12>12.<eos>", "too many moves"),
+        ("a11>12.<eos>", "stopped elsewhere"),
+        ("a12>12a12>12.<eos>", "wrong text"),
+        ("a11>13a12>12.<eos>", "wrong text"),
+        ("d00>12c", "cut off"),
+        ("d00>12d90>12.<eos>", "illegal move"),
+        ("a11>12a1", "cut off"),
+        ("a11>12a2", "wrong text"),
+        ("a11>12a12>12.", "cut off"),
+        ("a11>12a12>12..<eos>", "wrong text"),
+        ("a11>12a12>12<eos>", "wrong text"),
+        ("<eos>", "wrong text"),
+        ("", "cut off"),
+    ],
+)
+def test_the_outcome_names_the_first_thing_that_goes_wrong(completion, expected):
+    text = completion.partition("<eos>")[0]
+    ids = [*diallock.encode(text), *([EOS_ID] if completion.endswith("<eos>") else [])]
+    assert diallock.outcome(Problem(10, 12), ids) == expected
+
+
+@given(st.integers(0, 99), st.integers(0, 99), st.integers(0, 2**20), st.integers(0, 3), st.integers(0, 2))
+def test_the_outcome_is_right_where_the_reward_is_one(start, target, seed, changes, slack):
+    if start == target:
+        return
+    rng = Random(seed)
+    ids = diallock.noisy_episode(Problem(start, target), rng, noise=0.2).completion_ids
+    for _ in range(changes):
+        ids[rng.randrange(len(ids))] = rng.randrange(len(VOCABULARY))
+    rewarded = diallock.reward(diallock.encode(Problem(start, target).prompt), ids, slack=slack)
+    assert (diallock.outcome(Problem(start, target), ids, slack=slack) == "right") == (rewarded == 1.0)
+
+
 @pytest.mark.parametrize("text", ["", "7>64:", "87>64", "87>64:d", "ab>64:", "87:64>"])
 def test_a_prompt_without_a_problem_is_refused(text):
     with pytest.raises(InvalidDataError, match="ends with a problem"):

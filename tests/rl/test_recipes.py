@@ -257,6 +257,6 @@ def test_prefixes_lead_out_of_the_stall(tmp_path):
         seams=lambda model, trainer: prefix_rl.seams(config, trainer, traces=traces, model=model),
         **config.grpo_options,
     )
-    start = study.pass_at_1(study.model(), 40)
+    start = study.outcomes(study.model(), 40)["right"]
     successes = round(run["final"]["pass@1"] * run["final"]["samples"])
     assert tail_probability(successes, run["final"]["samples"], start) < 0.01

@@ -172,6 +172,36 @@ def reward(prompt_ids: Sequence[int], completion_ids: Sequence[int], *, slack: i
     return float(verify(problem, "".join(VOCABULARY[token] for token in body), slack=slack))
 
 
+Outcome = Literal["right", "wrong text", "illegal move", "stopped elsewhere", "too many moves", "cut off"]
+
+
+def outcome(problem: Problem, completion_ids: Sequence[int], *, slack: int = 2) -> Outcome:
+    """What became of an attempt: "right" where `reward` is 1, else the first thing that went wrong.
+
+    "wrong text" is a state or target restated wrongly, or anything that is no move; "stopped elsewhere" ends at another
+    state than the target; "cut off" has no end-of-sequence token.
+    """
+    ended = bool(completion_ids) and completion_ids[-1] == EOS_ID
+    body = completion_ids[:-1] if ended else completion_ids
+    text = "".join(VOCABULARY[token] if EOS_ID < token < VOCAB_SIZE else "?" for token in body)
+    state, place = problem.start, 0
+    while text[place : place + 1] not in (".", ""):
+        turned = turn(state, text[place])
+        if turned is None:
+            return "illegal move" if text[place] in _STEP else "wrong text"
+        told, expected = text[place + 1 : place + 6], f"{turned:02d}>{problem.target:02d}"
+        if told != expected:
+            return "wrong text" if ended or not expected.startswith(told) else "cut off"
+        state, place = turned, place + 6
+    if not ended:
+        return "cut off" if text[place:] in (".", "") else "wrong text"
+    if text[place:] != ".":
+        return "wrong text"
+    if state != problem.target:
+        return "stopped elsewhere"
+    return "right" if place // 6 <= problem.distance + slack else "too many moves"
+
+
 def parse_prompt(prompt_ids: Sequence[int]) -> Problem:
     """The problem that a prompt asks for: its last six tokens.
 

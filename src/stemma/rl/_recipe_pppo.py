@@ -10,7 +10,7 @@ where it has optimised as many tokens as PPPO. The continuations of a beginning 
 import math
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from stemma.train.recipe_report import Report
 from stemma.train.seeds import stream_seed
 
 _OUTPUTS, _CONTINUATIONS, _PROMPTS = 8, 3, 8
+_LEARNING_RATE = 1e-4  # GRPO learns faster with 2e-4, with which PPPO loses again what it has gained
 PPPO, FIXED = "PPPO", "PPPO, 35 % from the start"
 _FRACTIONS = (0.15, 0.3)
 
@@ -50,6 +51,7 @@ def reproduce(options: Options) -> dict[str, Any]:
     group = _OUTPUTS * (1 + continuations)
     grpo = f"GRPO, groups of {group}"
     report = Report("pppo", "PPPO against GRPO on DialLock", study.about(), study.budget)
+    report.about["learning rate"] = f"GRPO {study.trainer.learning_rate}, PPPO {_LEARNING_RATE}: the better of both"
     report.about["PPPO"] = f"{_OUTPUTS} outputs per prompt, {continuations} continuations of each"
     prompts = study.trainer.per_device_train_batch_size // _OUTPUTS
     for seed in range(options.seeds or (1 if options.quick else 3)):
@@ -64,6 +66,7 @@ def reproduce(options: Options) -> dict[str, Any]:
     _above_the_start(report)
     report.compare(PPPO, FIXED, "pass@1", "a growing beginning beats a long one from the start")
     report.mean_of(PPPO, "pppo/eta", "mean retained share (eta)")
+    _failures(study, report)
     _lock_in(study, report)
     _variance(study, report)
     return report.write(options.output_dir)
@@ -76,7 +79,22 @@ def _pppo(study: Study, method: str, seed: int, config: pppo.Config) -> dict[str
         settings=asdict(config),
         seams=lambda model, trainer: pppo.seams(config, trainer, model=model, processing_class=diallock.tokenizer()),
         validate=True,
+        learning_rate=_LEARNING_RATE,
     )
+
+
+def _failures(study: Study, report: Report) -> None:
+    """What goes wrong before and after: the ends of outputs are what PPPO does not train."""
+    samples = study.final_samples
+    settings = {"base": asdict(study.base), "task": asdict(study.task), "samples": samples}
+    start = study.runs("outcomes", 0, settings, lambda: study.outcomes(study.model(), samples))
+    after = {method: [run["final"]["outcomes"] for run in runs] for method, runs in report.runs.items()}
+    for name in get_args(diallock.Outcome):
+        report.record("start", f"share of outputs: {name}", start[name])
+        for method, outcomes in after.items():
+            known = [each[name] for each in outcomes]
+            mean, error = mean_and_error(known)
+            report.record(method, f"share of outputs: {name}", mean, error=error, repeats=len(known))
 
 
 def _at_equal_optimised_tokens(report: Report, grpo: str) -> None:

@@ -122,7 +122,7 @@ def _back_generalisation(study: Study, report: Report) -> None:
     """Is success without prefixes, after training on prefixed problems alone, above that of the start?"""
     samples = 2 if study.options.quick else 40
     settings = {"base": asdict(study.base), "task": asdict(study.task), "samples": samples}
-    start = study.runs("start", 0, settings, lambda: {"pass@1": study.pass_at_1(study.model(), samples)})["pass@1"]
+    start = study.runs("start", 0, settings, lambda: study.outcomes(study.model(), samples))["right"]
     report.record("start", "pass@1", start, repeats=samples * len(study.task.held_out(study.eval_problems)))
     runs = report.runs[ONLY]
     trials = sum(run["final"]["samples"] for run in runs)

@@ -8,11 +8,12 @@ numbers. Tokens of evaluation count for no method.
 import os
 import shutil
 import statistics
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -221,16 +222,17 @@ class Study:
         """What samples outside of training."""
         return LocalGenerator(eos_token_id=diallock.EOS_ID)
 
-    def pass_at_1(self, model: Any, samples: int, problems: Sequence[diallock.Problem] | None = None) -> float:
-        """Share of right completions of held-out problems (or of the given ones), without prefixes."""
-        problems = self.task.held_out(self.eval_problems) if problems is None else problems
-        rows = plain_rows(problems)
-        seeds = [stream_seed(0, "evaluate", index) for index in range(len(rows))]
-        prompts = [row["prompt_ids"] for row in rows]
+    def outcomes(self, model: Any, samples: int) -> dict[str, float]:
+        """Shares of the outcomes (see `diallock.outcome`) of held-out problems without prefixes; "right" is pass@1."""
+        problems = self.task.held_out(self.eval_problems)
+        seeds = [stream_seed(0, "evaluate", index) for index in range(len(problems))]
+        prompts = [row["prompt_ids"] for row in plain_rows(problems)]
         batch = sample(model, self.generator(), self.task.max_completion_length, prompts, samples, seeds)
-        of_row = [prompts[group] for group in batch.group_id.tolist()]
-        rewards = self.task.reward(of_row, batch.completions())
-        return statistics.fmean(reward or 0.0 for reward in rewards)
+        found = Counter(
+            diallock.outcome(problems[group], ids, slack=self.task.slack)
+            for group, ids in zip(batch.group_id.tolist(), batch.completions(), strict=True)
+        )
+        return {name: found[name] / len(batch) for name in get_args(diallock.Outcome)}
 
     def run(
         self,
@@ -298,7 +300,8 @@ class Study:
         while True:
             if sampled >= len(curve) * budget / self.evaluations:
                 done = sampled >= budget
-                value = self.pass_at_1(trainer.model, self.final_samples if done else self.eval_samples)
+                outcomes = self.outcomes(trainer.model, self.final_samples if done else self.eval_samples)
+                value = outcomes["right"]
                 curve.append({"sampled": tokens_before + sampled, "optimised": optimised, "pass@1": value})
                 reward = statistics.fmean(step["reward"] for step in steps[-20:]) if steps else float("nan")
                 self.runs.say(f"{name}: {sampled / 1e3:.0f}k tokens, reward {reward:.3f}, pass@1 {value:.3f}")
@@ -310,7 +313,7 @@ class Study:
             sampled += steps[-1]["tokens/sampled"]
             optimised += steps[-1]["tokens/optimised"]
         problems = len(self.task.held_out(self.eval_problems))
-        final = {"pass@1": curve[-1]["pass@1"], "samples": problems * self.final_samples}
+        final = {"pass@1": value, "samples": problems * self.final_samples, "outcomes": outcomes}
         parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
         account = {"parameters": parameters, "steps": len(steps), "per_step": _per_step(steps), "totals": _sums(steps)}
         return {"curve": curve, "final": final, **account}

@@ -230,8 +230,16 @@ def tables(rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any] | None = 
         parts.append(_table(["method", *_COLUMNS.values()], body))
     rest = [row for row in rows if row["metric"] not in _COLUMNS and not row["claim"]]
     if rest:
-        body = [[row["method"], row["metric"], _value(row), str(row["repeats"])] for row in rest]
-        parts.append(_table(["method", "also measured", "value", "n"], body))
+        columns, lines = (
+            list(dict.fromkeys(row["method"] for row in rest)),
+            dict.fromkeys(row["metric"] for row in rest),
+        )
+        body = []
+        for metric in lines:
+            own = [found.get((method, metric)) for method in columns]
+            count = max(row["repeats"] for row in own if row)
+            body.append([metric, *("–" if row is None else _value(row) for row in own), str(count)])
+        parts.append(_table(["also measured", *columns, "n"], body))
     return parts
 
 
@@ -249,7 +257,7 @@ def _value(row: Mapping[str, Any]) -> str:
 
 
 def _p_value(row: Mapping[str, Any]) -> str:
-    return "–" if row["p_value"] is None else f"{row['p_value']:.1g}"
+    return "–" if row["p_value"] is None else f"{row['p_value']:.2g}"
 
 
 def _verdict(row: Mapping[str, Any]) -> str:
