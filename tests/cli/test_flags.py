@@ -37,6 +37,8 @@ class Group:
 
     first_ratio: float = 0.25
     """Where to begin."""
+    keep_last: bool = True
+    """Keep the last one."""
 
     def __post_init__(self) -> None:
         if self.first_ratio > 1:
@@ -90,7 +92,7 @@ def test_flags_overrule_the_file_and_the_file_overrules_defaults(tmp_path: Path)
     file = write(
         tmp_path,
         "steps: 7\nrate: 1e-3\nloud: true\nshared: false\nkind: none\nreport_to: [a, b]\npath: some/where\n"
-        "group:\n  first_ratio: 0.75\n",
+        "group:\n  first_ratio: 0.75\n  keep_last: false\n",
     )
     whole = Config(
         steps=7,
@@ -100,7 +102,7 @@ def test_flags_overrule_the_file_and_the_file_overrules_defaults(tmp_path: Path)
         kind="none",
         report_to=("a", "b"),
         path=Path("some/where"),
-        group=Group(first_ratio=0.75),
+        group=Group(first_ratio=0.75, keep_last=False),
     )
     assert parse("--config", file) == parse(f"--config={file}") == whole
     flags = ("--steps", "9", "--no-loud", "--shared", "--report-to", "b", "--group.first-ratio", "1", "--path", "None")
@@ -110,7 +112,7 @@ def test_flags_overrule_the_file_and_the_file_overrules_defaults(tmp_path: Path)
         "shared": True,
         "report_to": ("b",),
         "path": None,
-        "group": Group(first_ratio=1),
+        "group": Group(first_ratio=1, keep_last=False),
     }
     for arguments in (["--config", file, *flags], [*flags, "--config", file]):
         assert parse(*arguments) == dataclasses.replace(whole, **changed)
@@ -182,7 +184,7 @@ def test_help_groups_what_is_inherited_and_nested(capsys: pytest.CaptureFixture[
 
 def test_flat_names() -> None:
     assert _flags.flat(Config(steps=1))["group.first_ratio"] == 0.25
-    assert list(_flags.flat(Config()))[-1] == "group.first_ratio"
+    assert list(_flags.flat(Config()))[-2:] == ["group.first_ratio", "group.keep_last"]
 
 
 texts = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1).filter(lambda t: t != "bad")

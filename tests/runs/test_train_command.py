@@ -241,6 +241,14 @@ def test_a_checkpoint_trains_on_few_shot_prompts(tmp_path: Path, checkpoint: lis
     assert run_command(tmp_path / "run", "--resume")["steps"] == 2
 
 
+def test_a_stop_string_ends_completions(tmp_path: Path, checkpoint: list[str]) -> None:
+    flags = [*checkpoint, *SMALL[4:14], "--max-steps", "1", "--eval-prompts", "0"]
+    run_command(tmp_path / "free", *flags)
+    run_command(tmp_path / "cut", *flags, "--stop-strings", *"abcdefghijklmnopqrstuvwxyz")
+    free, cut = (read_rows(tmp_path / name / "metrics.jsonl")[0]["completions/mean_length"] for name in ("free", "cut"))
+    assert cut < 0.7 * free
+
+
 def test_a_data_file_that_cannot_be_used_is_named_with_its_line(
     tmp_path: Path, checkpoint: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

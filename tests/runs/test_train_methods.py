@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
+from generation_server import GenerationServer
 from stemma.cli import _flags, train
+from stemma.cli._train_jobs import diallock_job
 from stemma.cli.main import main
 from stemma.data import diallock
 from stemma.train.tracking import read_rows
@@ -182,3 +184,35 @@ def test_prefix_rl_takes_its_own_default_unless_told_otherwise(traces: Path) -> 
     for more, expected in (([], "none"), (["--scale-rewards", "group"], "group")):
         config, _ = _flags.parse("train", train, [*flags, *more])
         assert train.grpo_options(train.resolve(config)).scale_rewards == expected
+
+
+# ---------------------------------------------------------------------------------------------- where samples come from
+
+
+def test_a_server_samples_for_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    model = diallock_job(shots=2, sft_steps=2, eval_prompts=2, seed=42).model
+    with GenerationServer(model) as server:
+        flags = ("--server.url", server.url, "--server.weights-dir", str(tmp_path / "weights"), "--eval-prompts", "0")
+        result = run_command(tmp_path / "run", *SMALL, *flags, "--num-iterations", "1")
+        assert result["status"] == "finished"
+        assert len(server.bodies("/collective_rpc")) == 2  # the weights of each step
+        bodies = server.bodies("/v1/completions")
+    assert len(bodies) == 16
+    assert all(row["sampling/sampling_logp_difference/max"] < 1e-4 for row in steps(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--server.dialect", "sglang"), "do nothing without --server.url"),
+        (("--stop-strings", "."), "stop_strings need --model"),
+        (("--server.url", "http://127.0.0.1:9"), "samples off-policy: give --server.weights-dir"),
+    ],
+)
+def test_server_options_that_cannot_be_honoured_are_refused(
+    capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], message: str
+) -> None:
+    status, text = refused(capsys, *flags)
+    assert status == 2
+    assert message in text

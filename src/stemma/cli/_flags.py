@@ -238,7 +238,7 @@ def _flags_of(values: Mapping[Any, Any], config_class: type, path: str, group: s
         elif isinstance(value, bool) != (bool in kinds):
             raise ValueError(f"{where} must{'' if bool in kinds else ' not'} be true or false; got {value!r}")
         elif isinstance(value, bool):
-            yield flag if value else flag.replace("--", "--no-", 1)
+            yield flag if value else f"--{group}no-{key}".replace("_", "-")
         elif isinstance(value, list):
             yield from (flag, *map(str, value))
         else:

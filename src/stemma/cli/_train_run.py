@@ -15,6 +15,8 @@ from stemma.cli._train_jobs import Job, checkpoint_job, diallock_job
 from stemma.cli.train import grpo_options
 from stemma.data.traces import read_traces
 from stemma.errors import MissingExtraError, StemmaError
+from stemma.models.rollout import Generator, LocalGenerator
+from stemma.models.server import ServerGenerator
 from stemma.rl import grpo, pppo, prefix_rft, prefix_rl, tempo
 from stemma.train import checkpoint, sft
 from stemma.train.loop import run_steps
@@ -171,6 +173,7 @@ class Run:
         """
         config, options, tokenizer = self.config, grpo_options(self.config), self.job.processing_class
         found: dict[str, Any] = {"prompts": self.job.prompts, "reward_funcs": self.job.reward}
+        found["generator"] = self._generator()
         if config.credit == "tempo":
             found |= tempo.seams(config.tempo, options, accelerator=self.accelerator)
         common = {"model": self.model, "processing_class": tokenizer, "accelerator": self.accelerator}
@@ -190,6 +193,28 @@ class Run:
             )
             found["reward_funcs"] = prefix_rl.rewards_by_kind(self.job.reward)
         return found
+
+    def _generator(self) -> Generator:
+        """What samples: the model in this process, or a server."""
+        config, tokenizer = self.config, self.job.processing_class
+        options: dict[str, Any] = {
+            "eos_token_id": grpo.end_token_ids(self.model, tokenizer),
+            "temperature": config.temperature,
+            "top_p": config.top_p,
+            "top_k": config.top_k,
+            "stop_strings": list(config.stop_strings) or None,
+        }
+        server = config.server
+        if server.url is None:
+            return LocalGenerator(tokenizer=tokenizer if config.stop_strings else None, **options)
+        return ServerGenerator(
+            server.url,
+            dialect=server.dialect,
+            weights="sync" if server.weights_dir else "fixed",
+            weights_dir=server.weights_dir,
+            processed_logprobs=server.processed_logprobs,
+            **options,
+        )
 
     def _description(self) -> str:
         trainable = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)

@@ -30,6 +30,21 @@ ReportTo = Literal["none", "tensorboard", "trackio", "wandb"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """A vLLM or SGLang server that samples instead of the model in this process (`stemma.models.server`)."""
+
+    url: str | None = None
+    """Root of the server, such as http://localhost:8000; None: the model samples in this process."""
+    dialect: Literal["vllm", "sglang"] = "vllm"
+    """Which server it is."""
+    weights_dir: Path | None = None
+    """Folder that the server can read too: gets the policy's weights whenever they change. None: the server keeps its
+    own weights, which needs --importance-sampling-correction."""
+    processed_logprobs: bool = False
+    """The vLLM server was started with --logprobs-mode processed_logprobs; needed at temperatures other than 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config(GRPOConfig):
     """Flags of `stemma train`: those of GRPO, and what a run needs beside them.
 
@@ -60,6 +75,10 @@ class Config(GRPOConfig):
     """With --method prefix-rl."""
     pppo: PPPOConfig = field(default_factory=PPPOConfig)
     """With --method pppo."""
+    server: ServerConfig = field(default_factory=ServerConfig)
+    """Sampling by a server, with --server.url."""
+    stop_strings: tuple[str, ...] = ()
+    """A completion also ends with any of these texts."""
 
     sft_steps: int | None = None
     """Supervised steps before GRPO; None: 600, with --model 0."""
@@ -118,6 +137,15 @@ class Config(GRPOConfig):
         if (self.method == "prefix-rl") != (self.traces is not None) and not self.resume:
             raise ValueError("--method prefix-rl and --traces belong together: `stemma collect` writes the file")
         self._check_groups()
+        if self.server.url is None and self.server != ServerConfig():
+            raise ValueError("--server options do nothing without --server.url; add it, or leave them out")
+        if self.server.url and self.server.weights_dir is None and not self.importance_sampling_correction:
+            raise ValueError(
+                "a server with weights of its own samples off-policy: give --server.weights-dir, by which it follows "
+                "the policy, or --importance-sampling-correction"
+            )
+        if self.stop_strings and self.model is None:
+            raise ValueError("stop_strings need --model: the embedded task's tokenizer knows 21 characters only")
         grpo_options(self)  # the trainer's own checks, before any work
         if self.method == "pppo" and self.pppo.eta_step and not (self.eval_steps and self.eval_prompts):
             raise ValueError(

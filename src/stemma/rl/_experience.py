@@ -1,5 +1,6 @@
 """From prompts to a batch that is ready for training: samples, rewards, advantages, masks, old log-probabilities."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -196,7 +197,8 @@ class Experience:
                 if len(known):
                     sums = [sums[0] + 1, sums[1] + mean_of(known.tolist()), sums[2] + known.max().item()]
         count, mean, best = sum_over_processes(self.accelerator, sums)
-        metrics = {"eval/reward": mean / max(count, 1), "eval/reward_best": best / max(count, 1)}
+        means = [total / count if count else math.nan for total in (mean, best)]
+        metrics = dict(zip(("eval/reward", "eval/reward_best"), means, strict=True))
         for _, seam in self.seams():
             if hasattr(seam, "on_evaluate"):
                 seam.on_evaluate(metrics)

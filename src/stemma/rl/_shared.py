@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 """One prompt: its token ids under ``prompt_ids``, beside them whatever the reward functions want to know. Where the
-prompt ends with the beginning of an answer, ``prefix_ids`` holds that tail of ``prompt_ids``, which reward functions get
+prompt ends with the beginning of an answer, ``prefix_ids`` holds that tail of ``prompt_ids``: reward functions get it
 as the beginning of the completion."""
 
 Reward = Callable[..., Sequence[float | None]]

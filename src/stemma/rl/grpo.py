@@ -53,7 +53,7 @@ from stemma.rl._update import Pass, Policy, comparison
 from stemma.train.distributed import broadcast_parameters, sum_gradients, sum_over_processes
 from stemma.train.optimizer import adamw, apply_gradients, schedule
 
-__all__ = ["Config", "RolloutBatch", "ShuffledRows", "Trainer", "soft_overlong_punishment"]
+__all__ = ["Config", "RolloutBatch", "ShuffledRows", "Trainer", "end_token_ids", "soft_overlong_punishment"]
 
 
 class Trainer:
@@ -233,7 +233,7 @@ class Trainer:
 
         Returns:
             `eval/reward` (mean reward: pass@1 for 0/1 rewards) and `eval/reward_best` (mean over prompts of the best
-            reward: pass@k), over the prompts with a scorable completion.
+            reward: pass@k), over the prompts with a scorable completion; NaN without any.
         """
         return self.experience.evaluate(rows, num_generations or self.config.num_generations)
 
