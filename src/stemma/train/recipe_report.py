@@ -123,7 +123,8 @@ class Report:
         """Write the three files.
 
         Returns:
-            What the JSON file holds: title, about, date, versions of nothing but the facts given, measurements, files.
+            What the JSON file holds: `recipe`, `title`, `about`, `date`, `measurements` (each a plain `Measurement`),
+            `curves` (per method and seed) and `files` (their paths).
         """
         measurements = [*self._of_methods(), *self.measurements]
         rows = [_finite(asdict(measurement)) for measurement in measurements]
