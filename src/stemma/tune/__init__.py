@@ -1,0 +1,1 @@
+"""Methods that adapt a trained model, one file each."""

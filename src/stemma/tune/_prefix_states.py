@@ -1,0 +1,115 @@
+"""Keys and values of a given prefix, for the adapter that is to stand for it."""
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stemma.errors import InvalidBatchError, UnsupportedModelError
+from stemma.models.adapter import base_model, enable, is_enabled
+from stemma.models.forward import dynamic_rope_limit
+from stemma.models.layer_attention import observed_attention
+
+__all__ = ["States", "attention_calls", "peft_prefix_states", "prefix_states"]
+
+States = Mapping[nn.Module, tuple[Tensor, Tensor]]
+"""Keys ``(1, key_value_heads, m, head_dim)`` and values of a prefix, as attention sees them, by attention module."""
+
+
+def prefix_states(model: Any, ids: Any) -> dict[nn.Module, tuple[Tensor, Tensor]]:
+    """Keys and values of a prefix of token ids, as they are for tokens that follow at position 0.
+
+    With rotary positions the prefix stands at positions ``-m`` to ``-1``, so that what follows sees it as in one
+    sequence. With learned positions there is nothing before 0; it stands at 0 to ``m - 1``.
+
+    Args:
+        model: an enabled model, or one to enable.
+        ids: token ids, at least one.
+
+    Raises:
+        InvalidBatchError: no token.
+        UnsupportedModelError: rotary frequencies that depend on the length.
+    """
+    tokens = torch.as_tensor(ids, dtype=torch.int64).reshape(1, -1)
+    if tokens.numel() == 0:
+        raise InvalidBatchError("the prefix has no token; give at least one token id.")
+    if not is_enabled(model):
+        enable(model)
+    positions = None
+    if _rotary(model):
+        if dynamic_rope_limit(model) is not None:
+            raise UnsupportedModelError("rotary frequencies depend on the length here, so a prefix cannot be moved.")
+        positions = torch.arange(-tokens.numel(), 0)[None]
+    return {module: (key, value) for module, (_, key, value, _) in attention_calls(model, tokens, positions).items()}
+
+
+def peft_prefix_states(model: Any) -> dict[nn.Module, tuple[Tensor, Tensor]]:
+    """Keys and values that a prefix-tuning adapter of peft (P-tuning v2 included) has learned.
+
+    peft puts them in the cache unrotated, and its tokens begin behind them, at position ``m``; with rotary positions
+    the keys are turned back by ``m`` here, so that tokens from position 0 on see the same.
+
+    Args:
+        model: a `PeftModel` whose active adapter is prefix tuning.
+
+    Raises:
+        UnsupportedModelError: it is not, or its rotary embedding cannot be turned back.
+    """
+    if str(getattr(getattr(model, "active_peft_config", None), "peft_type", "")).split(".")[-1] != "PREFIX_TUNING":
+        raise UnsupportedModelError("a prefix-tuning model of peft is needed (get_peft_model with PrefixTuningConfig).")
+    if not is_enabled(model):
+        enable(model, self_test=False)  # the self-test would run with the learned prefix in its cache
+    inner = base_model(model)
+    with torch.no_grad():
+        layers = model.get_prompt(batch_size=1).layers
+        found = attention_calls(inner, torch.zeros(1, 2, dtype=torch.int64))
+        states = {}
+        for module, layer in zip(found, layers, strict=True):
+            key = _turned_back(inner, module, layer.keys) if _rotary(model) else layer.keys
+            states[module] = (key.detach(), layer.values.detach())
+    return states
+
+
+def _turned_back(inner: nn.Module, module: nn.Module, key: Tensor) -> Tensor:
+    """Keys with the rotation of position ``-m``."""
+    rotary = [part for part in inner.modules() if type(part).__name__.endswith("RotaryEmbedding")]
+    apply = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
+    if len(rotary) == 1 and apply is not None and getattr(rotary[0], "attention_scaling", None) == 1:
+        cos, sin = rotary[0](key, position_ids=torch.full((1, 1), -key.shape[2], device=key.device))
+        if cos.shape[-1] == key.shape[-1]:
+            turned: Tensor = apply(key, key, cos, sin)[1]
+            return turned
+    raise UnsupportedModelError(f"the rotary embedding of {type(inner).__name__} cannot be turned back by stemma.")
+
+
+def _rotary(model: Any) -> bool:
+    return getattr(base_model(model).config.get_text_config(), "rope_parameters", None) is not None
+
+
+Seen = tuple[Tensor, Tensor, Tensor, float]
+
+
+@torch.no_grad()
+def attention_calls(model: Any, ids: Tensor, positions: Tensor | None = None) -> dict[nn.Module, Seen]:
+    """Queries, keys, values and scale of every attention module on one row, in the order of the layers."""
+    seen: dict[nn.Module, Seen] = {}
+
+    def observer(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
+        if module in seen:
+            raise UnsupportedModelError(f"{type(module).__name__} attends twice in one forward, so it has no prefix.")
+        seen[module] = (query, key, value, scale)
+
+    inner = base_model(model)
+    device = inner.get_input_embeddings().weight.device
+    extra = {} if positions is None else {"position_ids": positions.to(device)}
+    training = {module: module.training for module in inner.modules()}
+    inner.eval()
+    try:
+        with observed_attention(observer):
+            inner(input_ids=ids.to(device), use_cache=False, **extra)
+    finally:
+        for module, was in training.items():
+            module.training = was
+    return seen

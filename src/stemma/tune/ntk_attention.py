@@ -1,0 +1,327 @@
+"""NTK-Attention: a prefix of any length as one matrix and one vector per head.
+
+For whom fine-tunes a model with a prefix, or wants to keep what a given long prefix does without its keys and values.
+Prefix tuning trains ``m`` keys and values per head and pays for each of them in every step; this adapter has
+``r d + r`` parameters per head and one cost, however long the prefix it stands for.
+
+Source: "Towards Infinite-Long Prefix in Transformer", 2024, arXiv 2406.14036. With a feature map
+``phi(q) . phi(k) ~ exp(q . k / sqrt(d))``, and ``A_ij = exp(q_i . k_j / sqrt(d))`` over the ordinary keys:
+
+====================================================  ==================================================================
+the paper                                             here
+====================================================  ==================================================================
+``phi(x) = elu(x / d^(1/4)) + 1`` (its code)          `stemma.attention.kernelized.FeatureMap`
+``Z = sum_j phi(k_j) v_j^T``, ``k = sum_j phi(k_j)``  `kernel_sums`, parameters of a `KernelPrefix` per layer
+``(A V + phi(Q) Z) / (A 1 + phi(Q) k)``               one more answer ``phi(q) Z / (phi(q) . k)`` with log-sum-exp
+                                                      ``log(phi(q) . k)``, merged with the layer's own attention
+====================================================  ==================================================================
+
+What we changed and why: answers are merged by log-sum-exp and the positive map is handled by its logarithm, so that no
+score overflows (the published order, a maximum taken before masking, gives NaN rows for scores above ten). ``k`` is
+positive as ``exp`` of a parameter, not as ``|k|``, whose gradient at the usual start 0 is 0. The other parameter is
+``Z / k``, the features' mean values, so that a step does not depend on the length of the prefix. ``phi`` is divided by
+``sqrt(d)`` (`normalize`): as published a key of score 0 weighs ``d`` instead of 1, which makes the stand-in of a short
+prefix many times heavier than the prefix. Other maps (Taylor, positive random features), a low rank of ``Z``, and a
+prefix per key head of grouped queries are options.
+
+The prefix is in no cache: positions, masks and lengths stay as they are. Keys of a given prefix are therefore taken at
+the positions before 0 where positions are relative.
+
+Relations: `stemma.attention.tree` merges the same kind of answer for shared prefixes with keys. Prefix tuning, P-tuning
+v2 and LoRA are in the package peft; LoRA can be trained together with this.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from stemma.attention.kernelized import FeatureMap
+from stemma.errors import InvalidDataError, UnsupportedModelError
+from stemma.models.adapter import base_model, enable, is_enabled
+from stemma.models.layer_attention import KERNEL_PREFIX
+from stemma.train.checkpoint import write_json
+from stemma.train.seeds import stream_seed
+from stemma.tune._kernel_prefix import KernelPrefix
+from stemma.tune._prefix_states import States, attention_calls, peft_prefix_states, prefix_states
+
+__all__ = [
+    "Config",
+    "ConversionError",
+    "attach",
+    "conversion_error",
+    "detach",
+    "detached",
+    "load_adapter",
+    "parameter_count",
+    "peft_prefix_states",
+    "prefix_states",
+    "save_adapter",
+]
+
+_TYPE = "STEMMA_NTK_ATTENTION"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Options of the adapter."""
+
+    feature_map: Literal["elu", "taylor", "random"] = "elu"
+    """``phi``: ``elu + 1`` (the paper's code), the exponential series, or positive random features."""
+    normalize: bool = True
+    """With "elu", divide ``phi`` by ``sqrt(d)``; the paper's code does not."""
+    degree: int = 1
+    """Degree of "taylor", 1 to 3; ``r = 1 + d + ... + d^degree``."""
+    num_features: int = 256
+    """``r`` of "random"."""
+    rank: int | None = None
+    """Rank of the values' matrix, at least 1; None: full."""
+    layers: tuple[int, ...] | None = None
+    """Attention layers with a prefix, counted from 0; None: all."""
+    heads: tuple[int, ...] | None = None
+    """Heads with a prefix (of the kind that `per` names); None: all."""
+    per: Literal["query_head", "key_head"] = "query_head"
+    """One prefix per query head (the paper), or per key/value head of grouped queries."""
+    initial_mass: float = 1.0
+    """Weight of the untrained prefix, in keys of score 0; 0: no effect, and next to no gradient."""
+    seed: int = 0
+    """Seed of the untrained prefix and of random features."""
+
+    def __post_init__(self) -> None:
+        _ = self.map  # refuses its own options
+        if self.per not in ("query_head", "key_head"):
+            raise ValueError(f"per must be 'query_head' or 'key_head', got {self.per!r}.")
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(f"rank must be at least 1, or None; got {self.rank}.")
+        if self.initial_mass < 0:
+            raise ValueError(f"initial_mass must be at least 0, got {self.initial_mass}.")
+        for name in ("layers", "heads"):  # JSON has lists
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    @property
+    def map(self) -> FeatureMap:
+        """The feature map."""
+        return FeatureMap(
+            name=self.feature_map, normalize=self.normalize, degree=self.degree, num_features=self.num_features
+        )
+
+
+def attach(model: Any, config: Config | None = None, *, prefix: States | None = None, freeze: bool = True) -> Any:
+    """Give attention modules a prefix, as sub-modules whose parameters travel with the model's.
+
+    Args:
+        model: a causal language model of transformers, plain or wrapped; enabled if it is not (:func:`stemma.enable`).
+            Wrap it in LoRA before, not after: peft freezes what it does not know.
+        config: options.
+        prefix: what the prefix is to stand for, from :func:`prefix_states` or :func:`peft_prefix_states`; None: an
+            untrained one.
+        freeze: let only the new parameters be trained; False leaves the others as they are.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UnsupportedModelError: it has a prefix already, or its attention cannot be merged with one.
+        ValueError: layers or heads that it does not have, or a rank above the matrix's.
+    """
+    config = Config() if config is None else config
+    inner = base_model(model)
+    if _attached(model):
+        raise UnsupportedModelError(f"{type(inner).__name__} has a learned prefix; detach it before another.")
+    if not is_enabled(model):
+        enable(model)
+    implementation = inner.config.get_text_config()._attn_implementation
+    if implementation not in ("stemma_sdpa", "stemma_eager"):
+        raise UnsupportedModelError(
+            f"{type(inner).__name__} uses the attention {implementation.removeprefix('stemma_')!r}, whose masks cannot "
+            'be merged with a learned prefix. Load it with attn_implementation="sdpa".'
+        )
+    found = attention_calls(model, torch.zeros(1, 2, dtype=torch.int64))
+    chosen = tuple(range(len(found))) if config.layers is None else config.layers
+    if not chosen or not all(0 <= layer < len(found) for layer in chosen):
+        raise ValueError(f"layers must be numbers from 0 to {len(found) - 1}, got {config.layers}.")
+    made = {}
+    for number, (module, (query, key, value, scale)) in enumerate(found.items()):
+        if number in chosen:
+            made[module] = kernel = KernelPrefix(
+                config.map,
+                heads=query.shape[1],
+                key_heads=key.shape[1],
+                head_dim=query.shape[-1],
+                value_dim=value.shape[-1],
+                rank=config.rank,
+                per_key_head=config.per == "key_head",
+                selected=config.heads,
+                seed=stream_seed(config.seed, "kernel prefix", number),
+                dtype=value.dtype,
+                device=value.device,
+            )
+            if prefix is None:
+                kernel.start(scale, config.initial_mass)
+            else:
+                kernel.fill(*prefix[module], scale)
+    if freeze:
+        inner.requires_grad_(False)
+    for module, kernel in made.items():
+        kernel.add_to(module)
+    inner._stemma_prefix_config = config
+    return model
+
+
+def detach(model: Any) -> Any:
+    """Take the prefix away again; returns the model."""
+    for module, kernel in _attached(model).items():
+        kernel.remove_from(module)
+    return model
+
+
+@contextmanager
+def detached(model: Any) -> Iterator[None]:
+    """The model without its prefix, for a while."""
+    prefixes = _attached(model)
+    detach(model)
+    try:
+        yield
+    finally:
+        for module, kernel in prefixes.items():
+            kernel.add_to(module)
+
+
+def parameter_count(model: Any) -> int:
+    """Numbers that the attached prefix has to train."""
+    return sum(p.numel() for kernel in _attached(model).values() for p in kernel.parameters())
+
+
+def _attached(model: Any) -> dict[nn.Module, KernelPrefix]:
+    modules = list(base_model(model).modules())
+    return {module: getattr(module, KERNEL_PREFIX) for module in modules if hasattr(module, KERNEL_PREFIX)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionError:
+    """How far a model with a stand-in is from the model with the prefix itself."""
+
+    max_logit_error: float
+    """Largest difference of a logit."""
+    kl: float
+    """Mean over tokens of the divergence of its predictions from those with the prefix, nats."""
+    top1_agreement: float
+    """Share of tokens whose likeliest successor is the same."""
+    kl_without: float
+    """`kl` of the model without any prefix."""
+    top1_agreement_without: float
+    """`top1_agreement` of the model without any prefix."""
+
+
+@torch.no_grad()
+def conversion_error(model: Any, prefix: States, inputs: Tensor) -> ConversionError:
+    """Compare the attached prefix with the exact one, whose keys and values lie in the cache.
+
+    Args:
+        model: with an attached prefix, in evaluation mode.
+        prefix: the exact one.
+        inputs: ``(rows, length)`` token ids that follow, without padding.
+
+    Raises:
+        UnsupportedModelError: nothing is attached.
+    """
+    from transformers import DynamicCache
+
+    if not _attached(model):
+        raise UnsupportedModelError("the model has no learned prefix to compare; attach one first.")
+    inner = base_model(model)
+    positions = torch.arange(inputs.shape[1], device=inputs.device).expand_as(inputs)
+
+    def predict(**extra: Any) -> Tensor:
+        logits: Tensor = inner(input_ids=inputs, position_ids=positions, **extra).logits
+        return logits.double()
+
+    found = predict(use_cache=False)
+    with detached(model):
+        without = predict(use_cache=False)
+        cache = DynamicCache()
+        for number, (key, value) in enumerate(prefix.values()):
+            cache.update(*(x.expand(len(inputs), -1, -1, -1) for x in (key, value)), number)
+        exact = predict(past_key_values=cache)
+
+    def kl(logits: Tensor) -> float:
+        target = exact.log_softmax(-1)
+        return (target.exp() * (target - logits.log_softmax(-1))).sum(-1).mean().item()
+
+    def agreement(logits: Tensor) -> float:
+        return (logits.argmax(-1) == exact.argmax(-1)).double().mean().item()
+
+    return ConversionError(
+        max_logit_error=(found - exact).abs().max().item(),
+        kl=kl(found),
+        top1_agreement=agreement(found),
+        kl_without=kl(without),
+        top1_agreement_without=agreement(without),
+    )
+
+
+# ---------------------------------------------------------------------- files
+
+
+def save_adapter(model: Any, folder: str | os.PathLike[str]) -> None:
+    """Write the attached prefix as `adapter_config.json` and `adapter_model.safetensors`.
+
+    Raises:
+        UnsupportedModelError: nothing is attached.
+    """
+    from safetensors.torch import save_file
+
+    inner = base_model(model)
+    tensors = {name: tensor.contiguous() for name, tensor in inner.state_dict().items() if _of_prefix(name)}
+    if not tensors:
+        raise UnsupportedModelError("the model has no learned prefix to save; attach one first.")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / ".adapter_model.tmp"
+    save_file(tensors, temporary)
+    os.replace(temporary, folder / "adapter_model.safetensors")
+    about = {"peft_type": _TYPE, "base_model_name_or_path": getattr(inner.config, "_name_or_path", "")}
+    write_json(folder / "adapter_config.json", about | asdict(inner._stemma_prefix_config))
+
+
+def load_adapter(model: Any, folder: str | os.PathLike[str], *, freeze: bool = True) -> Any:
+    """Attach what :func:`save_adapter` wrote; returns the model.
+
+    Raises:
+        InvalidDataError: the files are missing, of another kind, or do not fit the model.
+    """
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    try:
+        options = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        tensors = load_file(folder / "adapter_model.safetensors")
+    except (OSError, ValueError) as error:
+        raise InvalidDataError(f"{folder} holds no adapter that stemma saved: {error}") from error
+    kind, _ = options.pop("peft_type", None), options.pop("base_model_name_or_path", None)
+    if kind != _TYPE:
+        raise InvalidDataError(f"{folder} holds an adapter of type {kind!r}, not {_TYPE!r}; load it with peft.")
+    attach(model, Config(**options), freeze=freeze)
+    own = {name: tensor for name, tensor in base_model(model).state_dict().items() if _of_prefix(name)}
+    shapes, expected = ({name: tuple(t.shape) for name, t in each.items()} for each in (tensors, own))
+    if shapes != expected:
+        detach(model)
+        name = sorted(set(shapes.items()) ^ set(expected.items()))[0][0]
+        raise InvalidDataError(
+            f"{folder} does not fit the model: {name} is {shapes.get(name)} there and {expected.get(name)} here."
+        )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+    return model
+
+
+def _of_prefix(name: str) -> bool:
+    return f".{KERNEL_PREFIX}." in f".{name}"
