@@ -16,6 +16,7 @@ import os
 import statistics
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ import torch  # noqa: E402
 
 from benchmarks import measure  # noqa: E402
 from benchmarks.rows import RESULTS, Recorder  # noqa: E402
-from stemma.models.group_attention import GroupAttention  # noqa: E402
+from stemma.models import decoding  # noqa: E402
 from stemma.models.rollout import LocalGenerator  # noqa: E402
 
 BASELINE = "hf_generate"
@@ -89,7 +90,7 @@ def stemma(sampling: Sampling) -> None:
 
 def stemma_repeated(sampling: Sampling) -> None:
     """Each prompt encoded once, its keys and values repeated for every row."""
-    with mock.patch.object(GroupAttention, "adopt", return_value=False):
+    with mock.patch.object(decoding, "shared_prefixes", return_value=nullcontext(False)):
         stemma(sampling)
 
 

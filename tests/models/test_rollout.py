@@ -77,15 +77,16 @@ def test_logprobs_equal_a_full_forward(model_type, dtype, tolerance, temperature
 
 
 def test_a_prompt_is_encoded_once_and_finished_rows_leave_the_batch():
-    model = make("llama")
+    model = stemma.enable(make("llama"))
     fed: list[tuple[int, int]] = []
     handle = model.get_input_embeddings().register_forward_hook(lambda _, args, __: fed.append(tuple(args[0].shape)))
     rollouts = generate_groups(model, PROMPTS, num_generations=5, max_new_tokens=10, eos_token_id=7, seed=4)
     handle.remove()
-    assert fed[0] == (len(PROMPTS), max(map(len, PROMPTS)))  # not 5 times as many rows
+    # Not 5 times as many: the packed prompts, and the last token of each.
+    assert fed[:2] == [(1, sum(map(len, PROMPTS)) - len(PROMPTS)), (len(PROMPTS), 1)]
     lengths = [len(completion) for group in rollouts.completions for completion in group]
     alive = [sum(length > step for length in lengths) for step in range(1, max(lengths))]
-    assert fed[1:] == [(count, 1) for count in alive]
+    assert fed[2:] == [(count, 1) for count in alive]
     assert rollouts.prefilled_tokens == sum(map(len, PROMPTS))
     assert rollouts.decoded_tokens == sum(alive) == sum(lengths) - len(lengths)
     assert rollouts.sampled_tokens == sum(lengths)

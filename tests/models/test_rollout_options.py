@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import stemma
 from rollout_reference import EOS, PROMPTS, VOCAB, forward_alone, make, sample_alone
 from stemma.errors import InvalidBatchError
 from stemma.models import decoding
@@ -52,30 +53,30 @@ def test_forced_beginnings_are_continued_as_if_they_were_prompt(model_type, over
 
 
 def test_what_all_rows_begin_with_goes_through_the_model_together(monkeypatch):
-    model = make("llama")
+    model = stemma.enable(make("llama"))
     fed: list[tuple[int, int]] = []
     model.get_input_embeddings().register_forward_hook(lambda _, args, __: fed.append(tuple(args[0].shape)))
     forced = [[[1] * 6, [1] * 9]] * 4
     options = {"num_generations": 2, "max_new_tokens": 10, "eos_token_id": None, "forced": forced}
     rollouts = generate_groups(model, PROMPTS, **options)
-    assert fed[1:] == [(8, 5), *[(8, 1)] * 4]
+    assert fed[2:] == [(8, 5), *[(8, 1)] * 4]
     assert rollouts.decoded_tokens == 8 * 9
     fed.clear()
     monkeypatch.setattr(decoding, "_MAX_LOGITS", 2 * 8 * VOCAB)
     pieces = generate_groups(model, PROMPTS, **options)
-    assert fed[1:4] == [(8, 2), (8, 2), (8, 1)]
+    assert fed[2:5] == [(8, 2), (8, 2), (8, 1)]
     assert pieces.completions == rollouts.completions
     for values, expected in zip(pieces.logprobs, rollouts.logprobs):
         torch.testing.assert_close(values, expected, rtol=0, atol=1e-12)
 
 
 def test_equal_prompts_are_encoded_once():
-    model = make("llama")
+    model = stemma.enable(make("llama"))
     fed: list[tuple[int, int]] = []
     model.get_input_embeddings().register_forward_hook(lambda _, args, __: fed.append(tuple(args[0].shape)))
     prompts = [PROMPTS[0], PROMPTS[2], PROMPTS[0], PROMPTS[0]]
     rollouts = generate_groups(model, prompts, num_generations=2, max_new_tokens=5, eos_token_id=EOS, seed=3)
-    assert fed[0] == (2, 7)
+    assert fed[:2] == [(1, 6 + 2), (2, 1)]  # the tree, but for each prompt's last token
     assert rollouts.prefilled_tokens == 7 + 3
     uniform = torch.rand(4, 2, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     for b, prompt in enumerate(prompts):

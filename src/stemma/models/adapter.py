@@ -254,10 +254,10 @@ def _register(original: str) -> str:
         if call is not None:
             return probe(kwargs["mask_function"], call.layout.max_length)
         if asked is not None and asked[1:] == (kwargs.get("kv_length"), kwargs.get("q_length")):
-            first = asked[0].check_mask(kwargs.get("attention_mask"), asked[2])
+            row, first = asked[0].check_mask(kwargs.get("attention_mask"), asked[2])
             if kwargs["mask_function"] is causal_mask_function:
                 return Mask(cache=asked[0])
-            return replace(probe(kwargs["mask_function"], asked[1] - first, first), cache=asked[0])
+            return replace(probe(kwargs["mask_function"], asked[1] - first, row, first), cache=asked[0])
         function = ALL_MASK_ATTENTION_FUNCTIONS.get(original)
         return None if function is None else function(*args, **kwargs)
 

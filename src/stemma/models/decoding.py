@@ -1,17 +1,27 @@
-"""The decoding loop behind `stemma.models.rollout`: prompts encoded once, rows that leave as soon as they end."""
+"""The decoding loop behind `stemma.models.rollout`: prompts encoded once, rows that leave as soon as they end.
+
+Where the model can, all rows decode over one tree of prompts (:mod:`stemma.models.shared_cache`), with the attention
+that scores and trains. Elsewhere the prompt's keys and values are repeated for each row, in buffers that grow in place.
+"""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from stemma.errors import UnsupportedModelError
-from stemma.models.group_attention import GroupAttention, group_attention
+from stemma.models.adapter import base_model, disable, enable, is_enabled
+from stemma.models.forward import dynamic_rope_limit
+from stemma.models.layer_attention import KERNEL_PREFIX
 from stemma.models.sampling import StopCondition, TokenSampler, sampling_dtype
+from stemma.models.shared_cache import SharedPrefixCache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,19 +50,17 @@ class Decoder:
 
     def __call__(self, prompts: list[list[int]], beginnings: list[list[int]], uniform_BGT: Tensor) -> None:
         """Decode G rows of each prompt, with the forced beginning and the random numbers of each row."""
-        with group_attention(self.forward.model, uniform_BGT.shape[2]) as attention:
-            self._decode(attention, prompts, beginnings, uniform_BGT)
+        with shared_prefixes(self.forward.model, max(map(len, prompts)) + uniform_BGT.shape[2]) as shared:
+            self._decode(shared, prompts, beginnings, uniform_BGT)
 
-    def _decode(
-        self, attention: GroupAttention, prompts: list[list[int]], beginnings: list[list[int]], uniform_BGT: Tensor
-    ) -> None:
+    def _decode(self, shared: bool, prompts: list[list[int]], beginnings: list[list[int]], uniform_BGT: Tensor) -> None:
         device, longest = self.device, max(map(len, prompts))
         max_new_tokens = uniform_BGT.shape[2]
         uniform_NT = uniform_BGT.flatten(0, 1).to(device)
         forced_NT = torch.full((len(beginnings), max_new_tokens), -1, device=device)
         for row, ids in enumerate(beginnings):
             forced_NT[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64, device=device)
-        logits_NV, cache, lengths_N = self._prefill(attention, prompts, uniform_BGT.shape[1], max_new_tokens)
+        logits_NV, cache, lengths_N = self._prefill(shared, prompts, uniform_BGT.shape[1], max_new_tokens)
         mask_NL = torch.arange(longest + max_new_tokens, device=device) >= longest - lengths_N[:, None]
         mask_NL = mask_NL.long()
 
@@ -84,7 +92,6 @@ class Decoder:
                 break
             if len(alive) < len(rows):
                 cache.batch_select_indices(alive)
-                attention.select(alive)
                 rows, tokens, mask_NL = rows[alive], tokens[alive], mask_NL[alive]
             positions_N1 = (lengths_N[rows] + step)[:, None]
             logits_N1V, cache = self.forward(tokens[:, None], mask_NL[:, : longest + step + 1], positions_N1, cache, 1)
@@ -96,25 +103,63 @@ class Decoder:
         self.finished += finished_N.tolist()
 
     def _prefill(
-        self, attention: GroupAttention, prompts: list[list[int]], num_generations: int, room: int
+        self, shared: bool, prompts: list[list[int]], num_generations: int, room: int
     ) -> tuple[Tensor, Cache, Tensor]:
         """Last logits (N, V), cache and length (N,) of the prompt of every row; equal prompts are encoded once."""
         distinct = list(dict.fromkeys(map(tuple, prompts)))
-        self.prefilled_tokens += sum(map(len, distinct))
+        number = {prompt: index for index, prompt in enumerate(distinct)}
+        source_B = torch.tensor([number[tuple(prompt)] for prompt in prompts], device=self.device)
+        source_N = source_B.repeat_interleave(num_generations)
         lengths_B = torch.tensor([len(prompt) for prompt in distinct], device=self.device)
         longest = int(lengths_B.max())
         ids_BP = torch.full((len(distinct), longest), self.pad_token_id, device=self.device)
         for index, prompt in enumerate(distinct):
             ids_BP[index, longest - len(prompt) :] = torch.tensor(prompt, device=self.device)
         mask_BP = (torch.arange(longest, device=self.device) >= longest - lengths_B[:, None]).long()
-        logits_B1V, cache = self.forward(ids_BP, mask_BP, (mask_BP.cumsum(1) - 1).clamp(min=0), None, 1)
-
-        number = {prompt: index for index, prompt in enumerate(distinct)}
-        source_B = torch.tensor([number[tuple(prompt)] for prompt in prompts], device=self.device)
-        source_N = source_B.repeat_interleave(num_generations)
-        if not attention.adopt(cache, lengths_B, source_N):
+        positions_BP = (mask_BP.cumsum(1) - 1).clamp(min=0)
+        if shared:
+            sources = source_N.tolist()
+            tree = SharedPrefixCache.of(self.forward.model, [distinct[i] for i in sources], room=room + 1)
+            self.prefilled_tokens += tree.prefilled_tokens + len(distinct)
+            # The tree is planned for all rows, and each prompt's last token fed once for all of its rows.
+            tree.batch_select_indices(torch.tensor([sources.index(i) for i in range(len(distinct))]))
+            logits_B1V, cache = self.forward(ids_BP[:, -1:], mask_BP, positions_BP[:, -1:], tree, 1)
+            cache.batch_select_indices(source_N)
+        else:
+            self.prefilled_tokens += sum(map(len, distinct))
+            logits_B1V, cache = self.forward(ids_BP, mask_BP, positions_BP, None, 1)
             _spread(cache, source_N, room)
         return logits_B1V[source_N, 0], cache, lengths_B[source_N]
+
+
+_exact: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+"""Whether a model that is not enabled passes the self-test of `enable`."""
+
+
+@contextmanager
+def shared_prefixes(model: PreTrainedModel, longest: int) -> Iterator[bool]:
+    """Whether sequences of up to `longest` tokens decode over a tree of prompts; the model is enabled meanwhile.
+
+    They do not on devices other than the CPU (whose fused kernel is the only one used here), where the rotary
+    frequencies depend on the length, with a learned prefix inside the layers, and in types that `enable` refuses.
+    """
+    inner = base_model(model)
+    limit = dynamic_rope_limit(model)
+    suitable = next(model.parameters()).device.type == "cpu" and (limit is None or longest <= limit)
+    suitable &= not any(hasattr(module, KERNEL_PREFIX) for module in inner.modules())
+    change = suitable and not is_enabled(model) and _exact.get(inner, True)
+    if change:
+        try:
+            enable(model, self_test=inner not in _exact)
+        except UnsupportedModelError:
+            change = False
+        _exact[inner] = change
+    suitable &= is_enabled(model)
+    try:
+        yield suitable
+    finally:
+        if change:
+            disable(model)
 
 
 class _Forward:

@@ -17,9 +17,9 @@ __all__ = ["Mask", "ReadingCache", "asked_cache", "mask_is_for", "masks_causally
 class ReadingCache(Protocol):
     """A cache that answers queries itself, as its keys and values do not lie in one tensor."""
 
-    def check_mask(self, attention_mask: Tensor | None, new_tokens: int) -> int:
-        """Refuse a mask ``(rows, columns)`` bool of real tokens that does not fit; return the padding left of the first
-        row."""
+    def check_mask(self, attention_mask: Tensor | None, new_tokens: int) -> tuple[int, int]:
+        """Refuse a mask ``(rows, columns)`` bool of real tokens that does not fit; return the longest row, and the
+        padding left of it."""
         ...
 
     def attend(
@@ -60,15 +60,15 @@ def mask_is_for(cache: ReadingCache, length: int, new_tokens: int) -> None:
     asked_cache.set((cache, length, new_tokens))
 
 
-def probe(mask_function: Any, length: int, first: int = 0) -> Mask:
-    """The sliding window of an index-based mask function on rows of ``length`` tokens behind ``first`` columns of
-    padding, or why it has none."""
+def probe(mask_function: Any, length: int, row: int = 0, first: int = 0) -> Mask:
+    """The sliding window of an index-based mask function on ``length`` tokens behind ``first`` columns of padding in a
+    row of the batch, or why it has none."""
     keys = torch.arange(length)
-    zero = torch.zeros((), dtype=torch.int64)
+    zero, batch = torch.zeros((), dtype=torch.int64), torch.tensor(row)
     window: int | None = None
     for position in sorted({length - 1, length // 2, length // 3}, reverse=True):
         try:
-            visible = torch.as_tensor(mask_function(zero, zero, torch.tensor(first + position), first + keys))
+            visible = torch.as_tensor(mask_function(batch, zero, torch.tensor(first + position), first + keys))
             visible = visible.cpu().expand(length)
         except (IndexError, RuntimeError):
             return Mask(refusal="it depends on places in the row, as blocks of an image do, and not on positions.")

@@ -44,7 +44,7 @@ class Rollouts:
         finished: B lists of G flags: whether the completion ended by itself, with an end-of-sequence token or a stop
             string (else it was cut off).
         forced_lengths: B lists of G numbers: leading tokens of the completion that were forced.
-        prefilled_tokens: prompt tokens that went through the model (equal prompts once, padding not counted).
+        prefilled_tokens: prompt tokens that went through the model (shared ones once, padding not counted).
         decoded_tokens: completion tokens that went through the model, forced ones included (the last one of a row never
             does).
     """

@@ -220,7 +220,7 @@ class SharedPrefixCache(Cache):
         mask_is_for(self, length, query_length)
         return length, offset
 
-    def check_mask(self, attention_mask: Tensor | None, new_tokens: int) -> int:
+    def check_mask(self, attention_mask: Tensor | None, new_tokens: int) -> tuple[int, int]:
         """Refuse a mask that hides anything but the padding left of each row; see
         :class:`stemma.models.masks.ReadingCache`."""
         pads = self.prefix_length - self.states.tokens
@@ -231,7 +231,7 @@ class SharedPrefixCache(Cache):
                     "the rows of this cache have different lengths, so the model needs the attention mask of the whole "
                     "rows, padded on the left, to tell their positions."
                 )
-            return 0
+            return 0, 0
         expected = (self.states.num_rows, self.prefix_length + seen + new_tokens)
         if attention_mask.shape != expected:
             raise InvalidBatchError(
@@ -246,7 +246,8 @@ class SharedPrefixCache(Cache):
             raise InvalidBatchError(
                 "the attention mask hides other tokens than the padding on the left that the rows of this cache have."
             )
-        return int(pads[0])
+        longest = int(np.argmin(pads))
+        return longest, int(pads[longest])
 
     def _visit(self, layer: int) -> None:
         self.check_read()

@@ -27,6 +27,7 @@ from stemma.models.census.configs import (
     build,
     window_is_optional,
 )
+from stemma.models.census.decoding import decode_difference
 from stemma.models.scoring import Scores, score
 from stemma.models.streaming import backward
 from stemma.prefix.tree import PrefixTree
@@ -58,6 +59,8 @@ class Measurement:
     """Largest relative difference of a parameter's gradient in float64; None when not measured."""
     streamed: float | None = None
     """The same from :func:`stemma.backward` in parts; None when not measured or when the type refuses to stream."""
+    decoded: float | None = None
+    """The same as ``difference_double``, decoding below shared prefixes; None when not measured or refused."""
     control: float = float("inf")
     """Smallest difference of the negative control over the variants, nats."""
     seconds: float = 0.0
@@ -166,6 +169,11 @@ def _measure_variant(found: Measurement, tree: PrefixTree, window: int | None, s
                 found.streamed = None if streamed is None else max(found.streamed or 0.0, streamed)
                 with torch.no_grad():
                     auxiliary = _auxiliary_difference(model, tree)
+                    disable(model)
+                    try:
+                        found.decoded = max(found.decoded or 0.0, decode_difference(model, seed))
+                    except UnsupportedModelError as refusal:
+                        found.reason = f"Decoding below shared prefixes is refused: {refusal}"
                 if auxiliary is not None:
                     found.exercised.append("auxiliary loss")
                 if not worst <= tolerance:
@@ -173,6 +181,8 @@ def _measure_variant(found: Measurement, tree: PrefixTree, window: int | None, s
                     found.reason = f"gradient of {where} differs by {worst:.1e} of its largest value"
                 elif streamed is not None and not streamed <= tolerance:
                     found.result, found.reason = WRONG, f"streamed gradients differ by {streamed:.1e}"
+                elif found.decoded is not None and not found.decoded <= tolerance:
+                    found.result, found.reason = WRONG, f"decoding below shared prefixes differs by {found.decoded:.1e}"
                 elif auxiliary is not None and not auxiliary <= tolerance:
                     found.result, found.reason = WRONG, f"auxiliary loss differs by {auxiliary:.1e}"
             if found.result != EXACT:

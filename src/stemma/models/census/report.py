@@ -32,6 +32,7 @@ _COLUMNS = (
     "float64",
     "Δ gradient float64",
     "Streamed",
+    "Decoding",
     "Reason",
 )
 
@@ -51,7 +52,8 @@ _LEGEND = """
 "Exercised" says what took part: *window* and *full* attention layers, attention *sinks*, *soft-cap* on attention
 scores, *grouped heads* (fewer key/value heads than query heads), *narrow values* (value heads smaller than query heads)
 and mixtures of *experts* with their *auxiliary loss*. "Streamed" is the gradient difference of `stemma.backward` when
-the tree has twice the token budget. Differences are rounded up to a power of ten.
+the tree has twice the token budget. "Decoding" is the difference in float64 of `stemma.generate`'s cache of shared
+prefixes, forced tokens on eight rows of three levels. Differences are rounded up to a power of ten.
 """
 
 _RANK = (EXACT, REFUSED, INCONCLUSIVE, NOT_BUILT, WRONG)
@@ -90,7 +92,7 @@ def render(measurements: Sequence[Measurement]) -> str:
 def _row(found: Measurement) -> tuple[str, ...]:
     reason = " ".join(found.reason.replace("|", "/").split())
     if found.result in (REFUSED, NOT_BUILT):
-        return (f"`{found.model_type}`", found.model_class, found.result, "", "", "", "", "", reason)
+        return (f"`{found.model_type}`", found.model_class, found.result, "", "", "", "", "", "", reason)
     return (
         f"`{found.model_type}`",
         found.model_class,
@@ -100,6 +102,7 @@ def _row(found: Measurement) -> tuple[str, ...]:
         _power(found.difference_double),
         "" if found.gradient is None else _power(found.gradient),
         "refused" if found.streamed is None else _power(found.streamed),
+        "refused" if found.decoded is None else _power(found.decoded),
         reason,
     )
 
