@@ -23,11 +23,11 @@ NOTES: dict[str, tuple[str, ...]] = {
         and of either sign.""",
     ),
     "prefix-rft": (
-        """Prefix-RFT leaves GRPO far behind at equally many sampled tokens, and gains nothing while its prefix is frozen,
-        as the paper says. That the most uncertain fifth of the prefix tokens is better than all of them does not show.
-        Supervised training on the same 48 demonstrations, in eight seconds, already ends higher, and GRPO after it ends
-        twice as high again: with perfect and cheap demonstrations the two-stage recipe wins clearly, as an audit of this
-        literature (arXiv 2604.23747) found on large models.""",
+        """Prefix-RFT leaves GRPO far behind at equally many sampled tokens, and gains next to nothing while its prefix
+        is frozen, as the paper says. That the most uncertain fifth of the prefix tokens is better than all of them does
+        not show. Supervised training on the same 48 demonstrations, in eight seconds, already ends higher, and GRPO
+        after it far higher again: with perfect and cheap demonstrations the two-stage recipe wins clearly, as an audit
+        of this literature (arXiv 2604.23747) found on large models.""",
     ),
     "prefix-rl": (
         """Training on prefixed problems alone lifts success on problems without prefixes many times above the start,
@@ -44,7 +44,7 @@ NOTES: dict[str, tuple[str, ...]] = {
         moves from directions to ends. Outputs stop before they are there, because small models share everything
         between positions and nothing holds the untrained end in its place. The paper's models have an end that does not
         move.""",
-        """Tried without success: other starts (trained on noisier and on cleaner demonstrations), learning rates from
-        1e-4 to 5e-4 (from 2e-4 on, PPPO loses what it has gained), twice as many outputs with one continuation each.""",
+        """Tried without success: learning rates from 1e-4 to 5e-4 (from 2e-4 on, PPPO loses what it has gained), and
+        twice as many outputs with one continuation each.""",
     ),
 }
