@@ -47,6 +47,7 @@ from stemma.errors import InvalidDataError, UnsupportedModelError
 from stemma.models.adapter import base_model, enable, is_enabled
 from stemma.models.layer_attention import KERNEL_PREFIX
 from stemma.train.checkpoint import write_json
+from stemma.train.recipe import Options
 from stemma.train.seeds import stream_seed
 from stemma.tune._kernel_prefix import KernelPrefix
 from stemma.tune._prefix_states import States, attention_calls, peft_prefix_states, prefix_states
@@ -62,6 +63,7 @@ __all__ = [
     "parameter_count",
     "peft_prefix_states",
     "prefix_states",
+    "run",
     "save_adapter",
 ]
 
@@ -325,3 +327,10 @@ def load_adapter(model: Any, folder: str | os.PathLike[str], *, freeze: bool = T
 
 def _of_prefix(name: str) -> bool:
     return f".{KERNEL_PREFIX}." in f".{name}"
+
+
+def run(options: Options) -> dict[str, Any]:
+    """The reproduction behind `stemma run ntk-attention`."""
+    from stemma.tune._recipe_ntk_attention import reproduce
+
+    return reproduce(options)
