@@ -123,6 +123,9 @@ def test_binomial_tail_by_hand():
     assert tail_probability(2, 2, 0.5) == pytest.approx(0.25)
     assert tail_probability(0, 5, 0.1) == pytest.approx(1.0)
     assert tail_probability(30, 512, 0.01) < 1e-10
+    assert [tail_probability(k, 5, p) for k, p in ((0, 0.0), (1, 0.0), (5, 1.0))] == [1.0, 0.0, 1.0]
+    exact = sum(math.comb(2000, k) for k in range(1050, 2001)) / 2**2000
+    assert tail_probability(1050, 2000, 0.5) == pytest.approx(exact)
 
 
 def finished(method, seed, final):

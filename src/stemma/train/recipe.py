@@ -150,6 +150,11 @@ def area(points: Sequence[tuple[float, float]], end: float) -> float:
 
 def tail_probability(successes: int, trials: int, probability: float) -> float:
     """P(X >= successes) for X binomial: the one-sided test of a success rate above `probability`."""
-    return math.fsum(
-        math.comb(trials, k) * probability**k * (1 - probability) ** (trials - k) for k in range(successes, trials + 1)
-    )
+    if probability in (0.0, 1.0):
+        return float(successes == 0 or probability == 1.0)
+
+    def log_chance(k: int) -> float:  # in logarithms, because binomial coefficients soon exceed a float
+        ways = math.lgamma(trials + 1) - math.lgamma(k + 1) - math.lgamma(trials - k + 1)
+        return ways + k * math.log(probability) + (trials - k) * math.log1p(-probability)
+
+    return min(1.0, math.fsum(math.exp(log_chance(k)) for k in range(successes, trials + 1)))
