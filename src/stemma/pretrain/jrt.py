@@ -38,6 +38,7 @@ from torch import Tensor
 from stemma.errors import InvalidBatchError, InvalidDataError
 from stemma.pretrain._jrt_layers import PrefixLinearAttention, PrefixLinearAttentionConfig, PrefixLinearCache
 from stemma.pretrain._jrt_model import PrefixLinearAttentionForCausalLM, prefix_lm_loss
+from stemma.train.recipe import Options
 from stemma.train.seeds import stream
 
 if TYPE_CHECKING:
@@ -265,3 +266,10 @@ class PrefixLMCollator:
             batch["attention_mask"][row, real] = 1
             batch["prefix_lengths"][row] = prefix
         return batch
+
+
+def run(options: Options) -> dict[str, Any]:
+    """The reproduction behind `stemma run jrt`."""
+    from stemma.pretrain._recipe_jrt import reproduce
+
+    return reproduce(options)

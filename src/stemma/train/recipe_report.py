@@ -70,6 +70,9 @@ class Report:
         budget: sampled tokens over which the area under a curve is taken; None: it is not.
     """
 
+    caption = "pass@1 against tokens"
+    """What the plot shows."""
+
     def __init__(self, name: str, title: str, about: Mapping[str, Any], budget: float | None = None) -> None:
         self.name, self.title, self.about, self.budget = name, title, dict(about), budget
         self.runs: dict[str, list[Run]] = {}
@@ -141,7 +144,7 @@ class Report:
             "files": {kind: str(folder / f"{self.name}.{kind}") for kind in ("json", "md", "png")},
         }
         write_json(folder / f"{self.name}.json", result)
-        text = "\n\n".join([f"# {self.title}", f"![pass@1 against tokens]({figure.name})", *tables(rows, self.about)])
+        text = "\n\n".join([f"# {self.title}", f"![{self.caption}]({figure.name})", *tables(rows, self.about)])
         temporary = folder / f".{self.name}.md.tmp"
         temporary.write_text(text + "\n", encoding="utf-8")
         os.replace(temporary, folder / f"{self.name}.md")
