@@ -33,7 +33,8 @@ NOTES: dict[str, tuple[str, ...]] = {
         """Training on prefixed problems alone lifts success on problems without prefixes many times above the start,
         and above GRPO's, also where GRPO gets the tokens of the rejection sampling on top of its own. Prefixes of other
         problems earn no reward and change nothing. The traces come from a policy that saw better demonstrations, a
-        stand-in for the paper's earlier runs; the start itself would have needed several times as many samples.""",
+        stand-in for the paper's earlier runs; the start itself would have needed two to three times as many
+        samples.""",
     ),
     "pppo": (
         """The beginning does decide, and a wrong one costs more than a right one gains. Training on it alone improves

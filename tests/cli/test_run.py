@@ -15,13 +15,13 @@ METHODS = {"jrt", "ntk-attention", "pppo", "prefix-rft", "prefix-rl", "tempo"}
 def test_every_method_with_a_run_function_is_listed(capsys):
     assert main(["run"]) == 0
     out = capsys.readouterr().out
-    assert {line.split()[0] for line in out.splitlines()} == METHODS == set(run.recipes())
+    assert {line.split()[0] for line in out.splitlines()} == set(run.recipes()) >= METHODS
     assert "TEMPO: credit for the tokens" in out
 
 
 def test_the_list_as_json(capsys):
     assert main(["run", "--json"]) == 0
-    assert set(json.loads(capsys.readouterr().out)["recipes"]) == METHODS
+    assert set(json.loads(capsys.readouterr().out)["recipes"]) >= METHODS
 
 
 def test_listing_and_help_import_no_torch():

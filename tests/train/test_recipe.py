@@ -145,6 +145,7 @@ def test_the_report_says_what_the_runs_did(tmp_path):
     report.compare("better", "base", "pass@1", "is better")
     report.compare("base", "better", "area", "is worse")
     report.record("better", "something else", 7.0, repeats=2)
+    report.record("better", "many", 12345.6, error=23.4, p_value=1e-9, claim="is sure", expected="higher")
     result = report.write(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo.json", "demo.md", "demo.png"]
     stored = json.loads((tmp_path / "demo.json").read_text())
@@ -163,6 +164,7 @@ def test_the_report_says_what_the_runs_did(tmp_path):
     assert "| no | 3 |" in text
     assert "\n\n".join(tables(stored["measurements"], stored["about"])) in text
     assert "| something else | 7.000 | 2 |" in text
+    assert "| is sure | many | 12,346 ± 23 | < 0.001 | yes | 1 |" in text
 
 
 @pytest.mark.parametrize(

@@ -256,12 +256,15 @@ def _value(row: Mapping[str, Any]) -> str:
     if row["value"] is None:
         return "–"
     sign = "+" if row["baseline"] and row["value"] >= 0 else ""
-    error = "" if row["error"] is None else f" ± {row['error']:.3f}"
-    return f"{sign}{row['value']:.3f}{error}{' ' + row['unit'] if row['unit'] else ''}"
+    form = ",.0f" if abs(row["value"]) >= 1000 else ".3f"
+    error = "" if row["error"] is None else f" ± {row['error']:{form}}"
+    return f"{sign}{row['value']:{form}}{error}{' ' + row['unit'] if row['unit'] else ''}"
 
 
 def _p_value(row: Mapping[str, Any]) -> str:
-    return "–" if row["p_value"] is None else f"{row['p_value']:.2g}"
+    if row["p_value"] is None:
+        return "–"
+    return f"{row['p_value']:.2g}" if row["p_value"] >= 0.001 else "< 0.001"
 
 
 def _verdict(row: Mapping[str, Any]) -> str:
