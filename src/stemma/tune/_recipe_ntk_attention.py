@@ -51,7 +51,7 @@ class Setting:
     """Steps of the base model on the library's source text."""
     steps: int = 120
     """Steps of every fine-tuning on other text."""
-    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    rates: tuple[float, ...] = (1e-2, 3e-2, 1e-1)
     """Learning rates; of each method the best on validation text counts."""
     evaluated: int = 48
     """Rows of validation and of test text."""
