@@ -22,6 +22,7 @@ from stemma.train import checkpoint, sft
 from stemma.train.loop import run_steps
 from stemma.train.report import write_report
 from stemma.train.seeds import rng_state, seed_everything, set_rng_state, stream_seed
+from stemma.train.sharding import full_model_state_dict
 from stemma.train.tracking import Tracker, start_trackers
 
 if TYPE_CHECKING:
@@ -80,13 +81,14 @@ class Run:
         try:
             with checkpoint.StopSignal() as stop:
                 finished = self._supervised(tracker, stop) and self._reinforced(tracker, stop)
+            weights = full_model_state_dict(self.model)
         except FloatingPointError as error:
             raise StemmaError(f"training stopped: {error}. Checkpoints before it are in '{self.folder}'") from error
         finally:
             if tracker is not None:
                 tracker.close()
             self.accelerator.end_training()
-        return self._finish() if finished else self._interrupted(stop.requested or signal.SIGTERM)
+        return self._finish(weights) if finished else self._interrupted(stop.requested or signal.SIGTERM)
 
     def _supervised(self, tracker: Tracker | None, stop: checkpoint.StopSignal) -> bool:
         if self.state["phase"] == "grpo" or not self.sft_steps:
@@ -141,6 +143,7 @@ class Run:
             self.last_step = steps_before + trainer.completed_steps
             progress = {"phase": phase, "step": trainer.completed_steps, "global_step": self.last_step}
             state = {**progress, "trainer": trainer.state_dict(), "rng": rng_state()}  # gathered from all processes
+            weights = full_model_state_dict(self.model)
             if self.accelerator.is_main_process:
                 checkpoint.save(
                     self.folder,
@@ -150,6 +153,7 @@ class Run:
                     state=state,
                     progress={**progress, "metrics": dict(metrics)},
                     save_total_limit=self.config.save_total_limit,
+                    weights=weights,
                 )
             self.accelerator.wait_for_everyone()
 
@@ -223,12 +227,12 @@ class Run:
             f"{self.sft_steps} supervised and {self.config.max_steps} GRPO steps on {self.accelerator.device}"
         )
 
-    def _finish(self) -> dict[str, Any]:
+    def _finish(self, weights: dict[str, Any] | None) -> dict[str, Any]:
         result: dict[str, Any] = {"command": "train", "status": "finished", "output_dir": str(self.folder)}
         if not self.accelerator.is_main_process:
             return result
         final = checkpoint.save_model(
-            self.folder / "model", model=self.model, processing_class=self.job.processing_class
+            self.folder / "model", model=self.model, processing_class=self.job.processing_class, weights=weights
         )
         config = self.config
         about = {

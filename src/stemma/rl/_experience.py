@@ -30,6 +30,7 @@ from stemma.rl._shared import (
 from stemma.rl._update import Policy
 from stemma.train.distributed import sum_over_processes
 from stemma.train.seeds import stream_seed
+from stemma.train.sharding import whole_parameters
 
 __all__ = ["Experience"]
 
@@ -108,7 +109,8 @@ class Experience:
         """Completions of the next prompts with rewards; per prompt, whether these differ; values per function."""
         started = time.perf_counter()
         rows, seeds = self._rows()
-        batch = self.rollout(self.generate, rows, self.config.num_generations, seeds, step)
+        with whole_parameters(self.accelerator, self.policy.model):
+            batch = self.rollout(self.generate, rows, self.config.num_generations, seeds, step)
         sampled = time.perf_counter()
         values = self.reward(rows, batch)
         different = different_rewards(batch)
@@ -186,9 +188,10 @@ class Experience:
         mine = range(self.accelerator.process_index, len(rows), self.accelerator.num_processes)
         own = [rows[index] for index in mine]
         sums = [0.0, 0.0, 0.0]
-        if own:
-            seeds = [stream_seed(self.config.seed, "evaluate", index) for index in mine]
-            batch = independent_samples(self.generate, own, num_generations, seeds, 0)
+        seeds = [stream_seed(self.config.seed, "evaluate", index) for index in mine]
+        with whole_parameters(self.accelerator, self.policy.model):
+            batch = independent_samples(self.generate, own, num_generations, seeds, 0) if own else None
+        if batch is not None:
             self.reward(own, batch)
             assert batch.reward is not None
             for group in range(len(own)):

@@ -17,6 +17,7 @@ from stemma.rl._config import Config
 from stemma.rl._losses import TokenLoss, importance_weights, token_loss
 from stemma.rl._shared import RolloutBatch
 from stemma.train.distributed import max_over_processes, sum_over_processes
+from stemma.train.sharding import full_tensor
 
 __all__ = ["Pass", "Policy", "comparison"]
 
@@ -253,7 +254,7 @@ def comparison(shared: Pass, plain: Pass) -> dict[str, float]:
     difference of a gradient relative to the largest gradient, seconds."""
     difference = largest = 0.0
     for pair in zip(shared.gradients, plain.gradients, strict=True):
-        present = [gradient for gradient in pair if gradient is not None]
+        present = [full_tensor(gradient) for gradient in pair if gradient is not None]
         if present:
             one, two = present if len(present) == 2 else (present[0], torch.zeros_like(present[0]))
             difference = max(difference, (one - two).abs().max().item())

@@ -12,10 +12,9 @@ once.
 
 What we changed: the denominators of every loss but bnpo are those of the whole optimiser batch over all processes, so
 accumulation and process count do not change the loss; a group is never split between micro-batches or processes;
-prompts are token ids and never travel through text. Option names and meanings follow TRL 1.16's `GRPOConfig`, without
+prompts are token ids and never travel through text. Under FSDP2 every process holds a whole copy of the policy while it
+samples (see `stemma.train.sharding`). Option names and meanings follow TRL 1.16's `GRPOConfig`, without
 the prefix ``vllm_`` where any sampler is meant.
-
-Not here: parameters sharded over processes.
 """
 
 import copy
@@ -52,6 +51,13 @@ from stemma.rl._shared import (
 from stemma.rl._update import Pass, Policy, comparison
 from stemma.train.distributed import broadcast_parameters, sum_gradients, sum_over_processes
 from stemma.train.optimizer import adamw, apply_gradients, schedule
+from stemma.train.sharding import (
+    fsdp_plugin,
+    full_optimizer_state_dict,
+    is_sharded,
+    load_full_optimizer_state_dict,
+    shard,
+)
 
 __all__ = ["Config", "RolloutBatch", "ShuffledRows", "Trainer", "end_token_ids", "soft_overlong_punishment"]
 
@@ -118,6 +124,8 @@ class Trainer:
         for each in (self.model, self.ref_model):
             if each is not None and (config.shared_prefix or config.compare_every):
                 enable(each)
+        if fsdp_plugin(self.accelerator) is not None:
+            self._shard(generator)
         self.policy = Policy(self.model, config, self.accelerator)
         if config.gradient_checkpointing:
             # transformers 5.23 renamed the method and will drop the old name in version 6.
@@ -150,6 +158,19 @@ class Trainer:
         self.total_steps, self.completed_steps = config.max_steps, 0
         self._batch: RolloutBatch | None = None
 
+    def _shard(self, generator: Generator) -> None:
+        """Divide the parameters of the policy and its reference over processes."""
+        if self.config.max_tokens is not None:
+            raise ValueError(
+                "max_tokens streams trees in another number of forwards on each process, and FSDP needs the same "
+                "number everywhere; drop max_tokens, or lower per_device_train_batch_size where memory is short"
+            )
+        if getattr(generator, "weights", None) == "sync":
+            raise ValueError("weights='sync' sends whole models, and FSDP divides this one; use weights='fixed'")
+        for each in (self.model, self.ref_model):
+            if each is not None:
+                shard(self.accelerator, each)
+
     # ------------------------------------------------------------------ one step
 
     def step(self) -> dict[str, float]:
@@ -177,7 +198,8 @@ class Trainer:
         chosen.restore_gradients()
 
         update_started = time.perf_counter()
-        sum_gradients(self.accelerator, self.model.parameters())
+        if not is_sharded(self.model):  # else the backward has summed them
+            sum_gradients(self.accelerator, self.model.parameters())
         rate = self.scheduler.get_last_lr()[0]
         norm = apply_gradients(
             self.optimizer,
@@ -244,7 +266,7 @@ class Trainer:
         return {
             "completed_steps": self.completed_steps,
             "generations": self.experience.generations,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": full_optimizer_state_dict(self.model, self.optimizer),
             "scheduler": self.scheduler.state_dict(),
             "batches": self._gather_batches(),
             "seams": {name: seam.state_dict() for name, seam in self.experience.seams() if hasattr(seam, "state_dict")},
@@ -269,7 +291,7 @@ class Trainer:
         for name, seam in self.experience.seams():
             if name in state["seams"]:
                 seam.load_state_dict(state["seams"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_full_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         batches = state["batches"]
         if self.completed_steps % self.config.steps_per_rollout == 0:

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from stemma.errors import InvalidDataError
+from stemma.train.sharding import load_full_model_state_dict
 
 __all__ = ["StopSignal", "latest", "load_state", "load_weights", "save", "save_model", "write_json"]
 
@@ -43,6 +44,7 @@ def save(
     state: Mapping[str, Any],
     progress: Mapping[str, Any],
     save_total_limit: int | None = None,
+    weights: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write `checkpoint-{step}` into `folder`.
 
@@ -53,6 +55,7 @@ def save(
         state: what `load_state` returns later.
         progress: JSON data for people: phase, step, metrics.
         save_total_limit: older checkpoints beyond this number are removed; None keeps all.
+        weights: see `save_model`.
 
     Returns:
         The checkpoint's directory.
@@ -62,7 +65,7 @@ def save(
         shutil.rmtree(leftover)
     target = folder / f"{_PREFIX}{step:06d}"
     with _atomic_directory(target) as temporary:
-        _save_pretrained(temporary, model, processing_class)
+        _save_pretrained(temporary, model, processing_class, weights)
         torch.save(dict(state), temporary / "training_state.pt")
         write_json(temporary / "trainer_state.json", dict(progress))
     if save_total_limit is not None:
@@ -71,10 +74,16 @@ def save(
     return target
 
 
-def save_model(folder: str | os.PathLike[str], *, model: Any, processing_class: Any) -> Path:
-    """Write a model and its tokenizer to `folder`, complete or not at all, for `from_pretrained`."""
+def save_model(
+    folder: str | os.PathLike[str], *, model: Any, processing_class: Any, weights: Mapping[str, Any] | None = None
+) -> Path:
+    """Write a model and its tokenizer to `folder`, complete or not at all, for `from_pretrained`.
+
+    Args:
+        weights: the parameters, where the model holds only part of them (`sharding.full_model_state_dict`).
+    """
     with _atomic_directory(Path(folder)) as temporary:
-        _save_pretrained(temporary, model, processing_class)
+        _save_pretrained(temporary, model, processing_class, weights)
     return Path(folder)
 
 
@@ -92,13 +101,13 @@ def _atomic_directory(target: Path) -> Iterator[Path]:
     os.replace(temporary, target)
 
 
-def _save_pretrained(folder: Path, model: Any, processing_class: Any) -> None:
+def _save_pretrained(folder: Path, model: Any, processing_class: Any, weights: Mapping[str, Any] | None) -> None:
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=weights)
         processing_class.save_pretrained(folder)
     finally:
         if shown:
@@ -141,7 +150,7 @@ def load_weights(model: nn.Module, checkpoint: str | os.PathLike[str]) -> None:
         return
     dtype = next(model.parameters()).dtype
     stored = type(model).from_pretrained(checkpoint, dtype=dtype)  # type: ignore[attr-defined]
-    model.load_state_dict(stored.state_dict())
+    load_full_model_state_dict(model, stored.state_dict())
 
 
 class StopSignal:

@@ -1,10 +1,9 @@
 """What several processes have to agree on, through an `accelerate.Accelerator`; no-ops with a single process.
 
-Processes hold whole copies of the model. Gradients are summed once per optimiser step, explicitly, instead of through
-DistributedDataParallel: scoring a prefix tree calls the decoder and the head separately and streams a large tree
-through several backward calls, which DDP's hooks do not expect. Parameters sharded over
-processes (FSDP, ZeRO) are refused: sampling ends on each process when its own rows have ended, while a sharded model
-needs all processes to take every forward together.
+Here processes hold whole copies of the model; for parameters divided over processes (FSDP2) see `sharding`. Gradients
+are summed once per optimiser step, explicitly, instead of through DistributedDataParallel: scoring a prefix tree calls
+the decoder and the head separately and streams a large tree through several backward calls, which DDP's hooks do not
+expect.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 
 from stemma.errors import StemmaError
+from stemma.train.sharding import check_plugin, fsdp_plugin
 
 __all__ = [
     "any_process",
@@ -34,14 +34,17 @@ def check_accelerator(accelerator: Any, *, bf16: bool) -> None:
         bf16: whether forwards run under bfloat16 autocast.
 
     Raises:
-        StemmaError: sharded parameters, or mixed precision other than the trainer's own.
+        StemmaError: a model spread over processes otherwise than by FSDP2 as `check_plugin` wants it, or mixed
+            precision other than the trainer's own.
     """
     kind = accelerator.distributed_type.value
-    if kind != "NO" and not kind.startswith("MULTI_"):
+    plugin = fsdp_plugin(accelerator)
+    if plugin is not None:
+        check_plugin(plugin)
+    elif kind != "NO" and not kind.startswith("MULTI_"):
         raise StemmaError(
-            f"distributed_type {kind} spreads the model over processes, and this trainer needs a whole copy on each; "
-            "use MULTI_GPU (examples/accelerate/ddp.yaml). Where memory is short: --gradient-checkpointing, "
-            "--max-tokens, --use-peft"
+            f"distributed_type {kind} spreads the model over processes in a way that the trainers do not know; use "
+            "MULTI_GPU (examples/accelerate/ddp.yaml) or FSDP (examples/accelerate/fsdp2.yaml)"
         )
     if accelerator.mixed_precision not in ("no", "bf16" if bf16 else "no"):
         raise StemmaError(
