@@ -107,7 +107,7 @@ def _save_pretrained(folder: Path, model: Any, processing_class: Any, weights: M
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model.save_pretrained(folder, state_dict=weights)
+        model.save_pretrained(folder, **({} if weights is None else {"state_dict": weights}))
         processing_class.save_pretrained(folder)
     finally:
         if shown:
