@@ -5,7 +5,8 @@ higher. Here: pairs of runs with one seed; a control whose temporal differences 
 group; the tree's values beside Monte Carlo estimates of the same states.
 """
 
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,8 @@ from stemma.train.seeds import stream, stream_seed
 
 _MIN_DESCENDANTS = 4  # of the nodes whose value is compared with continuations
 _CONTINUATIONS = 64
+_CONTROLS = 4  # seeds with the control
+_FAULTLESS = ", faultless text"
 
 
 def reproduce(options: Options) -> dict[str, Any]:
@@ -30,38 +33,37 @@ def reproduce(options: Options) -> dict[str, Any]:
     trainer = TrainerConfig(
         num_generations=16, per_device_train_batch_size=64, learning_rate=2e-4, lr_scheduler_type="constant"
     )
-    study = Study(
+    slipping = Study(
         name="tempo",
-        base=BasePolicy(noise=0.5),
+        base=BasePolicy(noise=0.2, max_distance=3, steps=400),
         task=Task(min_distance=1, max_distance=9, slack=2, num_problems=1000),
-        budget=200_000,
+        budget=140_000,
         trainer=trainer,
         eval_samples=2,
         options=options,
-    ).for_options()
+    )
+    # Longer, because it starts lower; its area is taken over the other's budget all the same.
+    faultless = replace(slipping, base=BasePolicy(noise=0.5), budget=200_000).for_options()
+    study = slipping.for_options()
     report = Report("tempo", "TEMPO against GRPO on DialLock", study.about(), study.budget)
+    report.about[f"start of the methods{_FAULTLESS}"] = faultless.about()["start"]
     for seed in range(options.seeds or (1 if options.quick else 8)):
-        report.add(study.run("GRPO", seed))
-        report.add(
-            study.run("TEMPO", seed, settings={"tree_td_coef": 1.0}, seams=lambda _, __: {"credit": TreeCredit()})
-        )
-        report.add(
-            study.run(
-                "shuffled differences",
-                seed,
-                settings={"tree_td_coef": 1.0, "shuffled": True},
-                seams=lambda _, config: {"credit": ShuffledTreeCredit(config.seed)},
-            )
-        )
-    report.compare("TEMPO", "GRPO", "area", "learns faster than GRPO (1.4–1.6 times)")
-    report.compare("TEMPO", "GRPO", "pass@1", "ends higher than GRPO")
-    report.compare("TEMPO", "shuffled differences", "area", "the gain comes from crediting the right tokens")
+        for each, name in ((study, ""), (faultless, _FAULTLESS)):
+            for run in _runs(each, seed):
+                report.add({**run, "method": f"{run['method']}{name}"})
+    for name in ("", _FAULTLESS):
+        tree, grpo, shuffled = f"TEMPO{name}", f"GRPO{name}", f"shuffled differences{name}"
+        report.compare(tree, grpo, "area", "learns faster than GRPO (1.4–1.6 times)")
+        report.compare(tree, grpo, "pass@1", "ends higher than GRPO")
+        report.compare(tree, shuffled, "area", "the gain comes from crediting the right tokens")
     for name, words in (
         ("tree/branch_frac", "share of tokens with a temporal difference"),
         ("tree/mean_shared_depth", "tokens of a completion that another one shares"),
         ("tree/mean_descendants_at_branch", "completions through a branching prefix"),
     ):
         report.mean_of("TEMPO", name, words)
+    for each, name in ((study, "start"), (faultless, f"start{_FAULTLESS}")):
+        report.record(name, "share of outputs with wrong text", _wrong_text(each))
     problems = 2 if options.quick else 24
     settings = {"base": asdict(study.base), "problems": problems}
     oracle = study.runs("oracle", 0, settings, lambda: _oracle(study, problems))
@@ -73,6 +75,28 @@ def reproduce(options: Options) -> dict[str, Any]:
             repeats=oracle["nodes"],
         )
     return report.write(options.output_dir)
+
+
+def _runs(study: Study, seed: int) -> Iterator[dict[str, Any]]:
+    """The runs of one start and seed."""
+    yield study.run("GRPO", seed)
+    settings: dict[str, Any] = {"tree_td_coef": 1.0}
+    yield study.run("TEMPO", seed, settings=settings, seams=lambda _, __: {"credit": TreeCredit()})
+    if seed < _CONTROLS:
+        settings = {**settings, "shuffled": True}
+        yield study.run(
+            "shuffled differences",
+            seed,
+            settings=settings,
+            seams=lambda _, config: {"credit": ShuffledTreeCredit(config.seed)},
+        )
+
+
+def _wrong_text(study: Study) -> float:
+    """Share of the start's outputs that fail because a state or target is restated wrongly."""
+    samples = study.final_samples
+    settings = {"base": asdict(study.base), "task": asdict(study.task), "samples": samples}
+    return study.runs("outcomes", 0, settings, lambda: study.outcomes(study.model(), samples))["wrong text"]
 
 
 class ShuffledTreeCredit:
