@@ -15,7 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-SECTIONS = ("speed", "exactness", "memory", "streaming", "long_tree", "bf16", "rollout")
+SECTIONS = ("speed", "exactness", "memory", "streaming", "long_tree", "bf16", "rollout", "hydragen")
 
 Row = dict[str, Any]
 _KEY = ("workload", "method", "metric", "baseline", "threads", "dtype")

@@ -91,8 +91,10 @@ def decode_attention(
     # A single token sees all own keys, so its group folds into the queries of its key head.
     folded = query.reshape(rows, key_heads, heads // key_heads, dim) if new == 1 else query
     output, sums = block_forward(folded, key, value, causal=False, scale=scale, softcap=softcap, bias=bias)
-    output = output.reshape(rows, heads, new, dim).transpose(1, 2).to(wide)
-    sums = sums.reshape(rows, heads, new).transpose(1, 2)
+    output = output.reshape(rows, heads, new, dim).transpose(1, 2)
+    if not segments and sinks is None:
+        return output
+    output, sums = output.to(wide), sums.reshape(rows, heads, new).transpose(1, 2)
     if segments:
         shared, shared_sums = _shared(query, key_heads, segments, scale, order, softcap)
         output, sums = merge(shared, shared_sums, output, sums)

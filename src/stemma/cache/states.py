@@ -226,6 +226,7 @@ class PrefixStates:
         last = np.searchsorted(ranks, [run.last for run in self._shared]).tolist()
         self._ranges = [(run, a, b) for run, a, b in zip(self._shared, first, last, strict=True) if a < b]
         self._sorted_tokens = self.tokens[order]
+        self._longest, self._most_pads = int(self.tokens.max(initial=0)), int(self._pads.max(initial=0))
         straight = bool((order == np.arange(order.size)).all())
         inverse = np.empty_like(order)
         inverse[order] = np.arange(order.size)
@@ -300,10 +301,12 @@ class PrefixStates:
                 shared_key, shared_value = shared_key[:, :, span.begin :], shared_value[:, :, span.begin :]
             segments.append(Segment(shared_key, shared_value, span.queries))
         order = None if self._order is None else (self._order[0].to(query.device), self._order[1].to(query.device))
+        if begin:
+            own_key, own_value = own_key[:, :, begin:], own_value[:, :, begin:]
         output = decode_attention(
             query,
-            own_key[:, :, begin:],
-            own_value[:, :, begin:],
+            own_key,
+            own_value,
             segments,
             scale=scale,
             bias=bias,
@@ -311,27 +314,27 @@ class PrefixStates:
             softcap=softcap,
             sinks=sinks,
         )
-        return output[..., :value_dim]
+        return output if output.shape[-1] == value_dim else output[..., :value_dim]
 
     def _schedule(
         self, seen: int, new: int, window: int | None, query: Tensor
     ) -> tuple[int, Tensor | None, list[_Span]]:
         """First visible own column, the bias on own keys, and the visible part of each run; alike in all modules."""
-        longest = int(self.tokens.max(initial=0)) + seen + new
-        if window is not None and window >= longest:
+        if window is not None and window >= self._longest + seen + new:
             window = None
         key = (seen, new, window, query.dtype, query.device)
-        if key not in self._schedules:
+        found = self._schedules.get(key)
+        if found is None:
             if any(known[:2] != key[:2] for known in self._schedules):
                 self._schedules.clear()
             begin, bias = self._own_view(seen, new, window, query)
-            self._schedules[key] = (begin, bias, self._spans(seen, new, window, query.device))
-        return self._schedules[key]
+            found = self._schedules[key] = (begin, bias, self._spans(seen, new, window, query.device))
+        return found
 
     def _own_view(self, seen: int, new: int, window: int | None, query: Tensor) -> tuple[int, Tensor | None]:
         length = self.tail + seen + new
         begin = 0 if window is None else max(0, length - new + 1 - window)
-        if new == 1 and int(self._pads.max(initial=0)) <= begin:
+        if new == 1 and self._most_pads <= begin:
             return begin, None
         column, asking = np.arange(begin, length), np.arange(length - new, length)
         visible = (column >= self._pads[:, None])[:, None, None] & (column <= asking[:, None])

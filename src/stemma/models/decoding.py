@@ -175,12 +175,14 @@ class _Forward:
     ) -> tuple[Tensor, Cache]:
         # Not every type takes positions (some derive them from the mask) or can skip the logits of a prompt.
         optional = {"position_ids": positions_NL, "logits_to_keep": keep}
+        # Types that can be enabled take them, if only by keyword.
+        accepted = {*self.accepted, "position_ids"} if isinstance(cache, SharedPrefixCache) else self.accepted
         output = self.model(
             input_ids=ids_NL,
             attention_mask=mask_NL,
             past_key_values=cache,
             use_cache=True,
-            **{name: value for name, value in optional.items() if name in self.accepted},
+            **{name: value for name, value in optional.items() if name in accepted},
         )
         cache = getattr(output, "past_key_values", None)
         if not isinstance(cache, Cache):

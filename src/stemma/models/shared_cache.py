@@ -238,11 +238,13 @@ class SharedPrefixCache(Cache):
                 f"the attention mask must be {expected}, one column for each token so far (the cached ones included) "
                 f"and each new one, got {tuple(attention_mask.shape)}. Give whole rows, padded on the left."
             )
-        # Checked in full once; later only the columns that came in since.
-        begin = 0 if seen == 0 else self.prefix_length + seen
-        column = torch.arange(begin, expected[1], device=attention_mask.device)
-        wanted = column >= torch.from_numpy(pads).to(attention_mask.device)[:, None]
-        if not torch.equal(attention_mask[:, begin:].bool(), wanted):
+        if seen:  # checked in full at first; later only the columns that came in since
+            fits = bool(attention_mask[:, -new_tokens:].all())
+        else:
+            column = torch.arange(expected[1], device=attention_mask.device)
+            wanted = column >= torch.from_numpy(pads).to(attention_mask.device)[:, None]
+            fits = torch.equal(attention_mask.bool(), wanted)
+        if not fits:
             raise InvalidBatchError(
                 "the attention mask hides other tokens than the padding on the left that the rows of this cache have."
             )

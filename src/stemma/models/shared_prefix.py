@@ -228,7 +228,9 @@ def _encode_part(model: Any, layout: Layout, context: Context, above: int) -> Co
             max_length=layout.max_length + above,
         )
     call = TreeCall(layout, context, capture=True)
-    spares_logits = "logits_to_keep" in inspect.signature(inner.forward).parameters
+    # Types whose last layers share keys skip positions without logits there, which would leave holes in the prefix.
+    skips = getattr(inner.config.get_text_config(), "num_kv_shared_layers", 0)
+    spares_logits = not skips and "logits_to_keep" in inspect.signature(inner.forward).parameters
     extra: dict[str, Any] = {"logits_to_keep": 1} if spares_logits else {}
     with tree_call(call):
         model(

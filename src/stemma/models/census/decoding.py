@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-from typing import Any
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -69,7 +66,6 @@ def _shared_difference(
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     fed = torch.tensor([[prompt[-1], *tail] for prompt, tail in zip(prompts, new)])
     alive, place, worst = list(range(len(prompts))), 0, 0.0
-    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
     for count in (1, *_STEPS):
         if place == 2:  # two rows have ended
             keep = torch.tensor([row for row in range(len(prompts)) if row not in (1, 3)])
@@ -77,13 +73,12 @@ def _shared_difference(
             alive, mask, fed = keep.tolist(), mask[keep], fed[keep]
         if place:
             mask = torch.cat([mask, mask.new_ones(len(mask), count)], dim=1)
-        extra: dict[str, Any] = {"position_ids": (mask.cumsum(1) - 1)[:, -count:]} if takes_positions else {}
         output = model(
             input_ids=fed[:, place : place + count],
             attention_mask=mask,
             past_key_values=cache,
+            position_ids=(mask.cumsum(1) - 1)[:, -count:],
             use_cache=True,
-            **extra,
         )
         got = output.logits.reshape(len(alive), count, -1).double().log_softmax(-1)
         for row, values in zip(alive, got):
