@@ -25,7 +25,7 @@ from stemma.train.seeds import stream, stream_seed
 _MIN_DESCENDANTS = 4  # of the nodes whose value is compared with continuations
 _CONTINUATIONS = 64
 _CONTROLS = 4  # seeds with the control
-_FAULTLESS = ", faultless text"
+_NOISIER = ", noisier start"
 
 
 def reproduce(options: Options) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def reproduce(options: Options) -> dict[str, Any]:
     trainer = TrainerConfig(
         num_generations=16, per_device_train_batch_size=64, learning_rate=2e-4, lr_scheduler_type="constant"
     )
-    slipping = Study(
+    clean = Study(
         name="tempo",
         base=BasePolicy(noise=0.2, max_distance=3, steps=400),
         task=Task(min_distance=1, max_distance=9, slack=2, num_problems=1000),
@@ -42,16 +42,16 @@ def reproduce(options: Options) -> dict[str, Any]:
         eval_samples=2,
         options=options,
     )
-    # Longer, because it starts lower; its area is taken over the other's budget all the same.
-    faultless = replace(slipping, base=BasePolicy(noise=0.5), budget=200_000).for_options()
-    study = slipping.for_options()
+    # It starts lower, and runs longer; its area is taken over the other's budget all the same.
+    noisier = replace(clean, base=BasePolicy(noise=0.5), budget=200_000).for_options()
+    study = clean.for_options()
     report = Report("tempo", "TEMPO against GRPO on DialLock", study.about(), study.budget)
-    report.about[f"start of the methods{_FAULTLESS}"] = faultless.about()["start"]
+    report.about["noisier start"] = noisier.about()["start"]
     for seed in range(options.seeds or (1 if options.quick else 8)):
-        for each, name in ((study, ""), (faultless, _FAULTLESS)):
+        for each, name in ((study, ""), (noisier, _NOISIER)):
             for run in _runs(each, seed):
                 report.add({**run, "method": f"{run['method']}{name}"})
-    for name in ("", _FAULTLESS):
+    for name in ("", _NOISIER):
         tree, grpo, shuffled = f"TEMPO{name}", f"GRPO{name}", f"shuffled differences{name}"
         report.compare(tree, grpo, "area", "learns faster than GRPO (1.4–1.6 times)")
         report.compare(tree, grpo, "pass@1", "ends higher than GRPO")
@@ -62,7 +62,7 @@ def reproduce(options: Options) -> dict[str, Any]:
         ("tree/mean_descendants_at_branch", "completions through a branching prefix"),
     ):
         report.mean_of("TEMPO", name, words)
-    for each, name in ((study, "start"), (faultless, f"start{_FAULTLESS}")):
+    for each, name in ((study, "start"), (noisier, f"start{_NOISIER}")):
         report.record(name, "share of outputs with wrong text", _wrong_text(each))
     problems = 2 if options.quick else 24
     settings = {"base": asdict(study.base), "problems": problems}
