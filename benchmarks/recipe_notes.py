@@ -15,8 +15,8 @@ INTRODUCTION = (
 
 NOTES: dict[str, tuple[str, ...]] = {
     "tempo": (
-        """From a start that saw clean demonstrations of near problems, TEMPO is a little above GRPO in the mean; from one
-        that saw noisy demonstrations it is not. The difference is small against its error in both, so the honest
+        """From a start that saw clean demonstrations of near problems, TEMPO is a little above GRPO in the mean; from
+        one that saw noisy demonstrations it is not. The difference is small against its error in both, so the honest
         reading is "not worse", and the 1.4 to 1.6 times of the paper do not show. The first start slips in its text
         twice as often, and slips are what a tree pins down best; in the second nearly all that is to be learnt is
         direction, one token in six, while the other tokens are certain and have no gradient, so that GRPO's even credit
