@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from stemma.train.recipe import Options
+
 __all__ = ["Config", "Generations", "generate", "prompt_ids"]
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
@@ -283,3 +285,10 @@ def _new_tokens(new: Tensor, config: "GenerationConfig") -> list[list[int]]:
                 end -= 1
         found.append(row[:end])
     return found
+
+
+def run(options: "Options") -> dict[str, Any]:
+    """The reproduction behind `stemma run hydragen`."""
+    from stemma.serve._recipe_hydragen import reproduce
+
+    return reproduce(options)
