@@ -9,9 +9,9 @@ if TYPE_CHECKING:
     from stemma.models.adapter import disable, enable
     from stemma.models.planner import Plan, explain
     from stemma.models.scoring import Scores, score
+    from stemma.models.shared_prefix import SharedPrefix
     from stemma.models.streaming import backward
     from stemma.models.verify import CheckReport, check
-    from stemma.models.shared_prefix import SharedPrefix
     from stemma.prefix.tree import PrefixTree
     from stemma.serve.hydragen import generate
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stemma.cache.plan import PrefixNodes, plan_sharing
-from tests.trees import trees
+from trees import trees
 
 
 def nodes_of(tree, repeats=1, handles=()):

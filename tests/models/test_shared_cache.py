@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tests.decoders import KINDS, V, cached, decoder, keep_double
 
 import stemma
+from decoders import KINDS, V, cached, decoder, keep_double
 from stemma.models.census import build, model_types
 from stemma.models.census.decoding import decode_difference
 from stemma.models.census.measure import KeepDouble

@@ -5,10 +5,10 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from tests.decoders import KINDS, SIZES, V, cached, decoder
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import stemma
+from decoders import KINDS, SIZES, V, cached, decoder
 from stemma.models.forward import dynamic_rope_limit
 from stemma.models.shared_cache import SharedPrefixCache
 from stemma.models.shared_prefix import check_lengths
