@@ -162,3 +162,10 @@ def test_tables_are_made_from_rows_and_staleness_is_noticed(tmp_path, monkeypatc
 def test_missing_markers_are_named():
     with pytest.raises(ValueError, match="results:begin"):
         tables.with_block("no markers", "block")
+
+
+def test_the_page_on_generation_says_what_the_rows_say():
+    from benchmarks import hydragen_table
+
+    text = hydragen_table.PAGE.read_text(encoding="utf-8")
+    assert hydragen_table.page(text, rows.load(rows.RESULTS / "hydragen.jsonl")) == text

@@ -17,5 +17,9 @@ def test_the_reproduction_runs_and_finished_runs_are_read(tmp_path, monkeypatch)
     found = {(row["method"], row["metric"]): row["value"] for row in result["measurements"]}
     shared, dense = (found[method, "cache, prefix 128"] for method in (_recipe_hydragen.SHARED, _recipe_hydragen.DENSE))
     assert shared < dense / 7  # eight rows, one prefix
-    monkeypatch.setattr(_recipe_hydragen, "_measure", None)
+
+    def again(*arguments):
+        raise AssertionError(f"measured again: {arguments}")
+
+    monkeypatch.setattr(_recipe_hydragen, "_measure", again)
     assert run(options)["measurements"] == result["measurements"]
