@@ -1,18 +1,18 @@
 """Rows and page of the reproductions: `python benchmarks/recipes.py tempo prefix-rft prefix-rl pppo`.
 
 Runs each of them as `stemma run` does (finished runs are not repeated), keeps its measurements in
-`results/rl_<method>.jsonl` and its plot in `docs/figures/`, and makes docs/rl-recipes.md from all rows. Without a
+`results/<room>_<method>.jsonl` and its plot in `docs/figures/`, and makes docs/recipes.md from all rows. Without a
 method: only the page. `--check` writes nothing and exits with status 1 when the page is not what the rows say.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
 import shutil
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,18 @@ if str(ROOT) not in sys.path:
 from benchmarks.recipe_notes import INTRODUCTION, NOTES  # noqa: E402
 from benchmarks.rows import RESULTS, Recorder, Row, load, write_atomically  # noqa: E402
 from benchmarks.tables import prose  # noqa: E402
+from stemma.cli.run import recipes  # noqa: E402
 from stemma.train.recipe import Options  # noqa: E402
 from stemma.train.recipe_report import tables  # noqa: E402
 
-PAGE, FIGURES = ROOT / "docs" / "rl-recipes.md", ROOT / "docs" / "figures"
-METHODS = ("tempo", "prefix-rft", "prefix-rl", "pppo")
+PAGE, FIGURES = ROOT / "docs" / "recipes.md", ROOT / "docs" / "figures"
+ROOMS = {"rl": "Reinforcement learning", "pretrain": "Pre-training", "tune": "Fine-tuning", "serve": "Serving"}
+"""Headings of the page, in their order."""
+
+
+def room_of(method: str) -> str:
+    """The room of a method, such as `rl`."""
+    return recipes()[method][0].split(".")[1]
 
 
 def rows_of(report: dict[str, Any], common: dict[str, Any]) -> list[Row]:
@@ -44,33 +51,40 @@ def rows_of(report: dict[str, Any], common: dict[str, Any]) -> list[Row]:
 def save(report: dict[str, Any], folder: Path, figures: Path) -> None:
     """Write the rows and the plot of one reproduction."""
     name = report["recipe"]
-    rows = rows_of(report, Recorder(threads=1).common)
-    write_atomically(folder / f"rl_{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    temporary = figures / f".rl-{name}.tmp"
+    room, rows = room_of(name), rows_of(report, Recorder(threads=1).common)
+    write_atomically(folder / f"{room}_{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    temporary = figures / f".{room}-{name}.tmp"
     shutil.copyfile(report["files"]["png"], temporary)
-    os.replace(temporary, figures / f"rl-{name}.png")
+    os.replace(temporary, figures / f"{room}-{name}.png")
 
 
 def page(folder: Path = RESULTS) -> str:
-    """docs/rl-recipes.md."""
+    """docs/recipes.md."""
     parts = ["<!-- Made by benchmarks/recipes.py from benchmarks/results; do not edit. -->\n# Reproductions"]
     parts += [prose(paragraph) for paragraph in INTRODUCTION]
-    for name in METHODS:
-        rows = load(folder / f"rl_{name}.jsonl")
-        if rows:
-            first = rows[0]
-            versions, machine = first["versions"], first["machine"]
-            parts += [f"## {first['title']}", *(prose(paragraph) for paragraph in NOTES.get(name, ()))]
-            parts += [f"![pass@1 against sampled and optimised tokens](figures/rl-{name}.png)"]
-            parts += tables(rows, first["shapes"])
-            parts.append(
-                prose(
-                    f"""{machine["cpu"]}, one thread; torch {versions["torch"]}, transformers
-                    {versions["transformers"]}; commit {first["commit"][:7]}{"+" if first["dirty"] else ""};
-                    {first["date"]}."""
-                )
-            )
+    for room, heading in ROOMS.items():
+        methods = [name for name in recipes() if room_of(name) == room]
+        measured = [(name, rows) for name in methods if (rows := load(folder / f"{room}_{name}.jsonl"))]
+        if measured:
+            parts += [f"## {heading}", *(prose(paragraph) for paragraph in NOTES.get(room, ()))]
+        for name, rows in measured:
+            parts += _section(name, f"{room}-{name}", rows)
     return "\n\n".join(parts) + "\n"
+
+
+def _section(name: str, figure: str, rows: list[Row]) -> list[str]:
+    """What the page says about one method."""
+    first = rows[0]
+    versions, machine = first["versions"], first["machine"]
+    about = f"""{machine["cpu"]}, one thread; torch {versions["torch"]}, transformers {versions["transformers"]}; commit
+        {first["commit"][:7]}{"+" if first["dirty"] else ""}; {first["date"]}."""
+    return [
+        f"### {first['title']}",
+        *(prose(paragraph) for paragraph in NOTES.get(name, ())),
+        f"![curves of {name}](figures/{figure}.png)",
+        *tables(rows, first["shapes"]),
+        prose(about),
+    ]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -81,16 +95,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--cache-dir", type=Path, default=Options.cache_dir)
     parser.add_argument("--check", action="store_true", help="only compare; status 1 when the page is stale")
     given = parser.parse_args(arguments)
-    unknown = sorted({*given.methods} - {*METHODS})
+    unknown = sorted({*given.methods} - {*recipes()})
     if unknown:
-        parser.error(f"no reproduction of {unknown[0]}; there are {', '.join(METHODS)}")
+        parser.error(f"no reproduction of {unknown[0]}; there are {', '.join(recipes())}")
     if given.check:
         stale = PAGE.read_text(encoding="utf-8") != page()
         if stale:
             print(f"{PAGE.relative_to(ROOT)} is not what the result rows say; run: python benchmarks/recipes.py")
         sys.exit(stale)
     for name in given.methods:
-        module = importlib.import_module(f"stemma.rl.{name.replace('-', '_')}")
+        module = import_module(recipes()[name][0])
         save(module.run(Options(output_dir=given.output_dir, cache_dir=given.cache_dir)), RESULTS, FIGURES)
     write_atomically(PAGE, page())
 

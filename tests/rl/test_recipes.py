@@ -177,8 +177,12 @@ def test_the_page_is_what_the_rows_say():
     from benchmarks import recipes
 
     assert recipes.PAGE.read_text(encoding="utf-8") == recipes.page()
-    for name in recipes.METHODS:
-        for row in recipes.load(recipes.RESULTS / f"rl_{name}.jsonl"):
+    measured = {
+        name: recipes.load(recipes.RESULTS / f"{recipes.room_of(name)}_{name}.jsonl") for name in recipes.recipes()
+    }
+    assert all(measured[name] for name in ("tempo", "prefix-rft", "prefix-rl", "pppo"))
+    for name, rows in measured.items():
+        for row in rows:
             assert row["recipe"] == name
             assert {"method", "metric", "unit", "value", "spread", "baseline", "machine", "versions", "commit"} <= {
                 *row
