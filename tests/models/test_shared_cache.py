@@ -24,7 +24,8 @@ QUICK = ("llama", "qwen3_moe", "mistral", "gemma2", "gpt_oss", "gpt2", "deepseek
 def test_float64_logits_are_those_of_each_row_alone_or_the_type_is_refused(model_type):
     try:
         model = build(model_type, torch.float64)
-        stemma.disable(stemma.enable(model))
+        with KeepDouble():
+            stemma.disable(stemma.enable(model))
     except (stemma.UnsupportedModelError, ValueError, AttributeError, TypeError, KeyError) as error:
         assert model_type not in QUICK
         pytest.skip(str(error)[:100])
