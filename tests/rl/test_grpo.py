@@ -143,8 +143,11 @@ def test_off_policy_updates_clip_and_on_policy_ones_do_not(make_trainer: Make) -
 
 def test_sampler_and_trainer_agree_on_log_probabilities(make_trainer: Make) -> None:
     assert make_trainer(temperature=0.6).step()["sampling/sampling_logp_difference/max"] < 1e-5
-    skewed = make_trainer(temperature=0.6, generator=LocalGenerator(eos_token_id=1, temperature=1.0))
+    options = {"temperature": 0.6, "generator": LocalGenerator(eos_token_id=1, temperature=1.0)}
+    skewed = make_trainer(**options, importance_sampling_correction=True)
     assert skewed.step()["sampling/sampling_logp_difference/mean"] > 1e-3
+    with pytest.raises(ValueError, match=r"samples at temperature 1.0 and the trainer scores at 0.6"):
+        make_trainer(**options)
 
 
 def test_equal_rewards_change_no_parameter(make_trainer: Make) -> None:

@@ -108,6 +108,12 @@ class Trainer:
                 f"reward_weights must have one entry per reward function, got {len(weights)} for {len(functions)} "
                 "functions"
             )
+        sampled_at = getattr(generator, "temperature", config.temperature)
+        if sampled_at != config.temperature and not config.importance_sampling_correction:
+            raise ValueError(
+                f"the generator samples at temperature {sampled_at} and the trainer scores at {config.temperature}: "
+                "make them equal, or set importance_sampling_correction=True"
+            )
         generator = generator or LocalGenerator(
             eos_token_id=end_token_ids(model, processing_class),
             temperature=config.temperature,
