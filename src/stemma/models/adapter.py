@@ -40,7 +40,7 @@ from stemma.models.layer_attention import (
     refuse_other_attention,
     scale_of,
 )
-from stemma.models.masks import Mask, ReadingCache, asked_cache, masks_causally, probe
+from stemma.models.masks import Mask, ReadingCache, asked_cache, probe
 from stemma.prefix.layout import Layout
 
 __all__ = [
@@ -50,7 +50,6 @@ __all__ = [
     "disable",
     "enable",
     "is_enabled",
-    "masks_causally",
     "tree_call",
 ]
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Mask", "ReadingCache", "asked_cache", "mask_is_for", "masks_causally", "probe"]
+__all__ = ["Mask", "ReadingCache", "asked_cache", "mask_is_for", "probe"]
 
 
 class ReadingCache(Protocol):
@@ -82,8 +82,3 @@ def probe(mask_function: Any, length: int, row: int = 0, first: int = 0) -> Mask
                 "(chunked attention can, as long as no sequence is longer than a chunk)."
             )
     return Mask(window)
-
-
-def masks_causally(mask_function: Any, length: int) -> bool:
-    """Whether a mask function of transformers shows each of ``length`` positions itself and all before it."""
-    return probe(mask_function, length) == Mask()
