@@ -37,6 +37,7 @@ NAMES = {
 
 # Command -> its options, in the order of its help page (`--json` is common to all).
 COMMANDS: dict[str, tuple[str, ...]] = {
+    "base-model": ("cache_dir", "quick"),
     "check": ("model", "random_init", "sequences", "dtype", "device", "seed"),
     "collect": (
         *("model", "dataset", "output", "resume", "limit", "samples_per_round", "max_samples", "temperature"),

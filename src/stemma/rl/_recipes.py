@@ -5,8 +5,6 @@ with the step that reaches it) and is evaluated on the same held-out problems wi
 numbers. Tokens of evaluation count for no method.
 """
 
-import os
-import shutil
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +24,7 @@ from stemma.rl._shared import Row, ShuffledRows, sample
 from stemma.rl.grpo import Config, Trainer
 from stemma.train import sft
 from stemma.train.checkpoint import load_weights
-from stemma.train.recipe import Options, Runs, fingerprint
+from stemma.train.recipe import Options, Runs, fingerprint, kept_folder
 from stemma.train.seeds import stream_seed
 
 __all__ = ["QUICK_BASE", "BasePolicy", "Study", "Task", "hard_study", "plain_rows"]
@@ -55,16 +53,8 @@ class BasePolicy:
     def load(self, cache_dir: Path, say: Callable[[str], None]) -> Any:
         """The policy from its folder in `cache_dir`; trained and written there first where it is missing."""
         logging.disable_progress_bar()  # of loading and saving weights; runs have lines of their own
-        folder = cache_dir / f"diallock-{fingerprint(asdict(self))}"
-        if not folder.exists():
-            model = self._train(say)
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-            model.save_pretrained(temporary)
-            try:
-                os.replace(temporary, folder)
-            except OSError:  # another process was faster
-                shutil.rmtree(temporary)
+        name = f"diallock-{fingerprint(asdict(self))}"
+        folder = kept_folder(cache_dir / name, lambda folder: self._train(say).save_pretrained(folder))
         model = self.make()
         load_weights(model, folder)
         return model

@@ -9,7 +9,9 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import re
+import shutil
 import statistics
 import sys
 import time
@@ -20,7 +22,17 @@ from typing import Any
 
 from stemma.errors import InvalidDataError
 
-__all__ = ["Difference", "Options", "Runs", "area", "fingerprint", "mean_and_error", "paired", "tail_probability"]
+__all__ = [
+    "Difference",
+    "Options",
+    "Runs",
+    "area",
+    "fingerprint",
+    "kept_folder",
+    "mean_and_error",
+    "paired",
+    "tail_probability",
+]
 
 _MOST_EXACT_SIGNS = 16  # above so many pairs the sign-flip test would enumerate too many signs
 
@@ -92,6 +104,25 @@ def fingerprint(settings: Mapping[str, Any]) -> str:
     """Twelve hexadecimal digits that change with any of the settings."""
     text = json.dumps(settings, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+
+def kept_folder(folder: Path, make: Callable[[Path], object]) -> Path:
+    """`folder`, which `make` fills under a temporary name where it is missing: whole or not there at all.
+
+    Of processes that make the same folder at once, the first to finish wins.
+    """
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+        try:
+            make(temporary)
+            os.replace(temporary, folder)
+        except OSError:
+            if not folder.exists():  # nobody was faster
+                raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return folder
 
 
 @dataclass(frozen=True)
