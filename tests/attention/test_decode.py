@@ -59,7 +59,7 @@ def test_numbers_that_are_none_do_not_vanish_in_a_merge():
 
 @st.composite
 def cases(draw):
-    """Rows, new tokens, heads, runs of rows with shared keys, an order of rows, sinks, a soft-cap."""
+    """Rows, new tokens, heads, runs of rows with shared keys, an order of rows, sinks, a soft-cap, a further answer."""
     rows, new, key_heads = draw(st.integers(1, 5)), draw(st.integers(1, 3)), draw(st.integers(1, 2))
     runs = []
     for _ in range(draw(st.integers(0, 4))):
@@ -76,6 +76,7 @@ def cases(draw):
         "order": draw(st.one_of(st.none(), st.permutations(range(rows)))),
         "softcap": draw(st.sampled_from([None, 1.5])),
         "sinks": draw(st.booleans()),
+        "answer": draw(st.sampled_from(["none", "all heads", "all but the first head"])),
         "padded": draw(st.booleans()),
         "dtype": draw(st.sampled_from(list(DTYPES))),
     }
@@ -111,11 +112,19 @@ def test_decode_attention_is_the_reference(case, seed):
         "softcap": case["softcap"],
         "sinks": normal(key_heads * group) if case["sinks"] else None,
     }
+    if case["answer"] != "none":
+        answer, sums = normal(rows, key_heads * group, new, dim), 2 * normal(rows, key_heads * group, new)
+        if case["answer"] != "all heads":
+            sums[:, 0] = -math.inf
+        wide = torch.promote_types(dtype, torch.float32)
+        options["answer"] = (answer.to(wide), sums.to(wide))
     got = decode_attention(query, key, value, segments, **options)
-    wide = [x.double() for x in (query, key, value)]
+    doubles = [x.double() for x in (query, key, value)]
     options = {name: x.double() if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+    if "answer" in options:
+        options["answer"] = tuple(x.double() for x in options["answer"])
     segments = [Segment(s.key.double(), s.value.double(), s.queries) for s in segments]
-    expected = reference_decode_attention(*wide, segments, **options)
+    expected = reference_decode_attention(*doubles, segments, **options)
     assert got.dtype == dtype
     torch.testing.assert_close(got.double(), expected, rtol=DTYPES[dtype], atol=DTYPES[dtype])
 

@@ -66,6 +66,7 @@ def decode_attention(
     order: tuple[Tensor, Tensor] | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    answer: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Attention of the ``n`` new tokens of every row to shared segments and to the row's own keys.
 
@@ -81,6 +82,8 @@ def decode_attention(
             in another order than rows; else None.
         softcap: ``c`` of ``c * tanh(score / c)``, or None.
         sinks: ``(heads,)`` logits that take part in the softmax and carry no value, or None.
+        answer: what other keys answer, ``(rows, heads, n, head_dim)``, and its log-sum-exp ``(rows, heads, n)``, -inf
+            for none; or None.
 
     Returns:
         ``(rows, n, heads, head_dim)`` in the type of ``query``.
@@ -92,12 +95,14 @@ def decode_attention(
     folded = query.reshape(rows, key_heads, heads // key_heads, dim) if new == 1 else query
     output, sums = block_forward(folded, key, value, causal=False, scale=scale, softcap=softcap, bias=bias)
     output = output.reshape(rows, heads, new, dim).transpose(1, 2)
-    if not segments and sinks is None:
+    if not segments and sinks is None and answer is None:
         return output
     output, sums = output.to(wide), sums.reshape(rows, heads, new).transpose(1, 2)
     if segments:
         shared, shared_sums = _shared(query, key_heads, segments, scale, order, softcap)
         output, sums = merge(shared, shared_sums, output, sums)
+    if answer is not None:
+        output, sums = merge(output, sums, *(x.transpose(1, 2).to(wide) for x in answer))
     if sinks is not None:
         output = output * torch.sigmoid(sums - sinks.to(sums.dtype))[..., None]
     return output.to(query.dtype)
@@ -157,6 +162,7 @@ def reference_decode_attention(
     order: tuple[Tensor, Tensor] | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    answer: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """What :func:`decode_attention` computes, query by query over its keys laid end to end. For tests; same
     arguments."""
@@ -178,6 +184,9 @@ def reference_decode_attention(
                 scores[:, -key.shape[2] :] += own
             if sinks is not None:
                 scores = torch.cat([scores, sinks[:, None].to(scores.dtype)], dim=1)
-            weights = torch.softmax(scores, dim=1)[:, : keys.shape[1]]
+            if answer is not None:
+                scores = torch.cat([answer[1][row, :, token, None], scores], dim=1)
+                values = torch.cat([answer[0][row, :, token, None], values], dim=1)
+            weights = torch.softmax(scores, dim=1)[:, : values.shape[1]]
             output[row, token] = (weights[:, None] @ values)[:, 0]
     return output

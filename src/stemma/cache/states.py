@@ -267,6 +267,7 @@ class PrefixStates:
         window: int | None = None,
         softcap: float | None = None,
         sinks: Tensor | None = None,
+        answer: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Take in the new tokens of a module and answer their queries.
 
@@ -279,6 +280,8 @@ class PrefixStates:
             window: a key is visible when ``position_query - position_key < window``; None for all.
             softcap: ``c`` of ``c * tanh(score / c)``, or None.
             sinks: ``(heads,)`` logits that take part in the softmax and carry no value, or None.
+            answer: what keys outside the cache answer, ``(rows, heads, n, value_dim)``, and its log-sum-exp
+                ``(rows, heads, n)``, or None.
 
         Returns:
             ``(rows, n, heads, value_dim)``.
@@ -286,6 +289,8 @@ class PrefixStates:
         value_dim, new = value.shape[-1], query.shape[2]
         key, value = even_heads(key, value)
         query = _widened(query.to(value.dtype), value.shape[-1])
+        if answer is not None:
+            answer = _widened(answer[0], value.shape[-1]), answer[1]
         if module not in self._own:
             shape = (key.shape[0], key.shape[1], max(self._room, new), key.shape[3])
             self._own[module] = _Own(key.new_empty(shape), value.new_empty(shape), 0)
@@ -313,6 +318,7 @@ class PrefixStates:
             order=order,
             softcap=softcap,
             sinks=sinks,
+            answer=answer,
         )
         return output if output.shape[-1] == value_dim else output[..., :value_dim]
 

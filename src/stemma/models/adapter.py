@@ -33,10 +33,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from stemma.attention import tree_attention
 from stemma.errors import UnsupportedModelError
 from stemma.models.layer_attention import (
-    KERNEL_PREFIX,
     answered,
     observe,
     place,
+    prefix_answer,
     refuse_other_attention,
     scale_of,
 )
@@ -239,8 +239,9 @@ def _register(original: str) -> str:
         if call is not None:
             return _attend(call, module, query, key, value, attention_mask, **kwargs), None
         observe(module, query, key, value, kwargs.get("scaling"))
-        if hasattr(module, KERNEL_PREFIX):
-            return answered(module, query, key, value, attention_mask, **kwargs), None
+        answer = prefix_answer(module, query, kwargs.get("scaling"))
+        if answer is not None:
+            return answered(module, query, key, value, attention_mask, answer, **kwargs), None
         if original == "eager":
             function = sys.modules[type(module).__module__].eager_attention_forward
         else:
@@ -304,8 +305,7 @@ def _attend(
                 raise UnsupportedModelError(f"{where} attends twice in one forward, so it cannot be streamed.")
             call.captured[module] = (key, value)
             call.hidden_graph |= not torch.is_grad_enabled()
-    prefix = getattr(module, KERNEL_PREFIX, None)
-    answer = None if prefix is None else prefix(query, scale_of(query, scaling))
+    answer = prefix_answer(module, query, scaling)
     output = tree_attention(
         query, key, value, layout, scale=scaling, window=sliding_window, softcap=softcap, sinks=s_aux, answer=answer
     )
@@ -329,19 +329,16 @@ def _read(
     """Attention over a cache under the signature of transformers; returns ``(rows, n, heads, value_dim)``."""
     where = place(module)
     window = _window(where, mask)
-    if hasattr(module, KERNEL_PREFIX):
-        raise UnsupportedModelError(
-            f"{where} has a learned prefix, which a cache of shared prefixes does not merge. Generate with the model's "
-            "own generate, or detach it."
-        )
     refuse_other_attention(where, module, **others)
     if query.shape[2] != key.shape[2]:
         raise UnsupportedModelError(
             f"{where} attends from {query.shape[2]} to {key.shape[2]} positions where both should be the new tokens; "
             "cross attention and learned prefix tokens cannot be combined with shared prefixes."
         )
-    scale = scale_of(query, scaling)
-    return cache.attend(module, query, key, value, scale=scale, window=window, softcap=softcap, sinks=s_aux)
+    answer, scale = prefix_answer(module, query, scaling), scale_of(query, scaling)
+    return cache.attend(
+        module, query, key, value, scale=scale, window=window, softcap=softcap, sinks=s_aux, answer=answer
+    )
 
 
 def _window(where: str, mask: Mask) -> int | None:

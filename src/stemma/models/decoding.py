@@ -19,7 +19,6 @@ from transformers.cache_utils import Cache, DynamicLayer
 from stemma.errors import UnsupportedModelError
 from stemma.models.adapter import base_model, disable, enable, is_enabled
 from stemma.models.forward import dynamic_rope_limit
-from stemma.models.layer_attention import KERNEL_PREFIX
 from stemma.models.sampling import StopCondition, TokenSampler, sampling_dtype
 from stemma.models.shared_cache import SharedPrefixCache
 
@@ -141,12 +140,11 @@ def shared_prefixes(model: PreTrainedModel, longest: int) -> Iterator[bool]:
     """Whether sequences of up to `longest` tokens decode over a tree of prompts; the model is enabled meanwhile.
 
     They do not on devices other than the CPU (whose fused kernel is the only one used here), where the rotary
-    frequencies depend on the length, with a learned prefix inside the layers, and in types that `enable` refuses.
+    frequencies depend on the length, and in types that `enable` refuses.
     """
     inner = base_model(model)
     limit = dynamic_rope_limit(model)
     suitable = next(model.parameters()).device.type == "cpu" and (limit is None or longest <= limit)
-    suitable &= not any(hasattr(module, KERNEL_PREFIX) for module in inner.modules())
     change = suitable and not is_enabled(model) and _exact.get(inner, True)
     if change:
         try:

@@ -23,13 +23,15 @@ __all__ = [
     "observe",
     "observed_attention",
     "place",
+    "prefix_answer",
     "refuse_other_attention",
     "scale_of",
 ]
 
 KERNEL_PREFIX = "kernel_prefix"
 """Name of the sub-module of an attention module that answers for a prefix: called with queries and scale, it returns an
-output and a log-sum-exp, which are merged with the layer's attention."""
+output and a log-sum-exp, which are merged with the layer's attention, or None. Its ``active`` says what it depends on
+besides its parameters."""
 
 _HARMLESS = {"position_ids", "cache_position"}
 """Tensors handed to attention functions that do not change what attention computes."""
@@ -67,12 +69,21 @@ def scale_of(query: Tensor, scaling: float | None) -> float:
     return query.shape[-1] ** -0.5 if scaling is None else float(scaling)
 
 
+def prefix_answer(module: nn.Module, query: Tensor, scaling: float | None) -> tuple[Tensor, Tensor] | None:
+    """What the module's learned prefix answers, ``(rows, heads, n, value_dim)``, and its log-sum-exp ``(rows, heads,
+    n)``; None where there is none."""
+    prefix: Any = module._modules.get(KERNEL_PREFIX)  # where there is none, getattr costs as much as a small product
+    found: tuple[Tensor, Tensor] | None = None if prefix is None else prefix(query, scale_of(query, scaling))
+    return found
+
+
 def answered(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Any,
+    answer: tuple[Tensor, Tensor],
     *,
     scaling: float | None = None,
     sliding_window: int | None = None,
@@ -81,7 +92,7 @@ def answered(
     is_causal: bool | None = None,
     **others: Any,
 ) -> Tensor:
-    """Attention under a dense mask, merged with what the module's prefix answers; ``(rows, n, heads, value_dim)``."""
+    """Attention under a dense mask, merged with what :func:`prefix_answer` gave; ``(rows, n, heads, value_dim)``."""
     where = place(module)
     refuse_other_attention(where, module, **others)
     if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.dim() != 4):
@@ -93,23 +104,21 @@ def answered(
     bias = attention_mask
     if bias is not None and bias.dtype == torch.bool:
         bias = torch.zeros(bias.shape, dtype=value.dtype, device=value.device).masked_fill(~bias, float("-inf"))
-    prefix: Any = getattr(module, KERNEL_PREFIX)
-    scale = scale_of(query, scaling)
-    answer, answer_sums = prefix(query, scale)
+    scale, (found, sums) = scale_of(query, scaling), answer
     if s_aux is not None:
-        sink = s_aux.to(answer_sums.dtype).view(1, -1, 1).expand_as(answer_sums)
-        answer, answer_sums = merge(answer, answer_sums, torch.zeros_like(answer), sink)
+        sink = s_aux.to(sums.dtype).view(1, -1, 1).expand_as(sums)
+        found, sums = merge(found, sums, torch.zeros_like(found), sink)
     dims = (query.shape[-1], value.shape[-1])
-    query, key, value, answer = (
+    query, key, value, found = (
         torch.nn.functional.pad(x, (0, max(dims) - x.shape[-1])) if x.shape[-1] < max(dims) else x
-        for x in (query, key, value, answer)
+        for x in (query, key, value, found)
     )
     output = answered_attention(
         query.to(value.dtype),
         key.to(value.dtype),
         value,
-        answer,
-        answer_sums,
+        found,
+        sums,
         scale=scale,
         causal=causal and bias is None,
         bias=None if bias is None else bias[..., : key.shape[2]].to(value.dtype),

@@ -33,8 +33,10 @@ class ReadingCache(Protocol):
         window: int | None,
         softcap: float | None,
         sinks: Tensor | None,
+        answer: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Attention ``(rows, tokens, heads, value_dim)`` of new tokens, whose keys and values are taken in."""
+        """Attention ``(rows, tokens, heads, value_dim)`` of new tokens, whose keys and values are taken in, merged with
+        what a learned prefix answers (``(rows, heads, tokens, value_dim)`` and its log-sum-exp)."""
         ...
 
 

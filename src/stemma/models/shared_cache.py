@@ -279,14 +279,17 @@ class SharedPrefixCache(Cache):
         window: int | None,
         softcap: float | None,
         sinks: Tensor | None,
+        answer: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Attention of a layer's new tokens; see :class:`stemma.models.masks.ReadingCache`."""
-        if any(x.requires_grad for x in (query, key, value)):
+        if any(x.requires_grad for x in (query, key, value, *(answer or ()))):
             raise UnsupportedModelError(
                 "a cache of shared prefixes has no gradients; decode under torch.no_grad(), train with stemma.score."
             )
         self._unread = None
-        return self.states.attend(module, query, key, value, scale=scale, window=window, softcap=softcap, sinks=sinks)
+        return self.states.attend(
+            module, query, key, value, scale=scale, window=window, softcap=softcap, sinks=sinks, answer=answer
+        )
 
     # ------------------------------------------------------------------ rows and lengths
 
