@@ -1,0 +1,230 @@
+"""How a model stores positions in its cache, layer by layer, found by a probe; and moving cached states with it.
+
+Types pair channels differently, rotate a part of each head, use other frequencies in other layers (Gemma 3), scale
+cosine and sine (YaRN), rotate nothing in some layers (SmolLM3), or rotate what stands in the values' place of the cache
+(latent attention). None of that is read from names: a few tokens are encoded at position 0 and far behind it, and the
+one rotation that leads from the first cache to the second is taken. A model for which there is none (learned positions,
+recurrent layers) is refused by name.
+"""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
+
+from stemma.attention.rotary import rotate
+from stemma.cache.states import States
+from stemma.errors import UnsupportedModelError
+from stemma.models.adapter import base_model
+from stemma.models.forward import dynamic_rope_limit
+
+__all__ = ["LayerRotation", "Rotations", "cached_states", "encode", "find_rotations", "plain_cache"]
+
+_TOKENS = 12
+_FAR = 1021
+_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+"""Largest relative difference of a layer's keys or values that counts as rounding. Models compute angles in float32
+whatever their type; the largest difference of 95 types is 7e-6 in float32 and 0.02 in bfloat16, of another scheme 0.05
+or more."""
+
+
+@dataclass(frozen=True, eq=False)
+class LayerRotation:
+    """What one layer of a cache does with positions."""
+
+    frequencies: Tensor | None
+    """``(R,)`` float64 radians per position of each pair; None where nothing is rotated."""
+    interleaved: bool = False
+    first: int = 0
+    """First rotated channel."""
+    of: Literal["key", "value"] = "key"
+    """What of the cache is rotated; "value" in latent attention, which keeps its rotary part there."""
+
+    def move(self, states: States, offset: int | Tensor) -> States:
+        """Keys and values ``(..., T, D)`` as they would be ``offset`` positions further; see
+        :func:`stemma.attention.rotary.rotate`."""
+        if self.frequencies is None:
+            return states
+        turned = rotate(
+            getattr(states, self.of), offset, self.frequencies, interleaved=self.interleaved, first=self.first
+        )
+        return states._replace(**{self.of: turned})
+
+
+@dataclass(frozen=True, eq=False)
+class Rotations:
+    """The layers of a model's cache."""
+
+    layers: tuple[LayerRotation, ...]
+    error: float
+    """Largest relative difference of a layer in the probe."""
+
+    def move(self, states: Sequence[States], offset: int | Tensor) -> tuple[States, ...]:
+        """A run of tokens, all layers, ``offset`` positions further."""
+        return tuple(layer.move(pair, offset) for layer, pair in zip(self.layers, states, strict=True))
+
+
+def plain_cache(states: Sequence[States] = ()) -> DynamicCache:
+    """A cache that keeps every token in every layer, sliding windows included (their masks hide what is too far)."""
+    return DynamicCache([(pair.key, pair.value) for pair in states] or None)
+
+
+def cached_states(cache: DynamicCache, begin: int = 0, end: int | None = None) -> tuple[States, ...]:
+    """Views of what a cache holds of the tokens ``[begin, end)``, layer by layer, without layers that hold nothing."""
+    held = [(layer.keys, layer.values) for layer in cache.layers if isinstance(layer, DynamicLayer)]
+    pairs = [(key, value) for key, value in held if key is not None and value is not None]
+    return tuple(States(key[:, :, begin:end], value[:, :, begin:end]) for key, value in pairs)
+
+
+@torch.no_grad()
+def encode(model: Any, ids: Sequence[int], above: Sequence[States] = (), start: int | None = None) -> DynamicCache:
+    """Run tokens of one sequence behind cached ones.
+
+    Args:
+        model: a causal language model.
+        ids: at least one.
+        above: states of the tokens before; they are not written.
+        start: position of the first new token; the number of tokens before when None.
+
+    Returns:
+        The cache of all tokens.
+    """
+    inner = base_model(model)
+    device = inner.get_input_embeddings().weight.device
+    cache = plain_cache(above)
+    before = above[0].key.shape[2] if above else 0
+    start = before if start is None else start
+    extra: dict[str, Any] = {}
+    if "logits_to_keep" in inspect.signature(inner.forward).parameters and not _shares_layers(inner):
+        extra["logits_to_keep"] = 1
+    model(
+        input_ids=torch.tensor([list(ids)], device=device),
+        position_ids=torch.arange(start, start + len(ids), device=device)[None],
+        attention_mask=torch.ones(1, before + len(ids), dtype=torch.int64, device=device),
+        past_key_values=cache,
+        use_cache=True,
+        **extra,
+    )
+    return cache
+
+
+def _shares_layers(model: PreTrainedModel) -> bool:
+    """Such types skip, in their last layers, positions whose logits nobody asks for."""
+    return bool(getattr(model.config.get_text_config(), "num_kv_shared_layers", 0))
+
+
+@torch.no_grad()
+def find_rotations(model: Any) -> Rotations:
+    """Find what every layer does with positions.
+
+    Raises:
+        UnsupportedModelError: the model has no cache of keys and values alone, takes no positions, or a layer's states
+            at one position are no rotation of those at another; names the layer.
+    """
+    inner = base_model(model)
+    label = f"{type(inner).__name__} (model type '{inner.config.model_type}')"
+    _refuse_unsuitable(inner, label, model)
+    config = inner.config.get_text_config()
+    limits = [getattr(config, "max_position_embeddings", None), dynamic_rope_limit(inner)]
+    far = min([_FAR, *(limit - _TOKENS for limit in limits if isinstance(limit, int) and limit > 0)])
+    ids = torch.randint(0, config.vocab_size, (_TOKENS,), generator=torch.Generator().manual_seed(0)).tolist()
+    training = inner.training
+    inner.eval()
+    try:
+        near_states, far_states = (cached_states(encode(model, ids, start=start)) for start in (0, far))
+    except (TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
+        raise UnsupportedModelError(
+            f"{label} could not encode a few tokens with an ordinary cache ({type(error).__name__}: {error}), so its "
+            "keys and values cannot be moved."
+        ) from error
+    finally:
+        inner.train(training)
+    if not near_states:
+        raise UnsupportedModelError(f"{label} filled no cache of keys and values, so there is nothing to move.")
+    found = [
+        _of_layer(inner, number, near, there, far, label)
+        for number, (near, there) in enumerate(zip(near_states, far_states, strict=True))
+    ]
+    return Rotations(tuple(rotation for rotation, _ in found), max(error for _, error in found))
+
+
+def _refuse_unsuitable(inner: PreTrainedModel, label: str, model: Any) -> None:
+    if getattr(inner.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{label} is an encoder-decoder; its keys belong to two sequences.")
+    if "position_ids" not in inspect.signature(inner.forward).parameters:
+        raise UnsupportedModelError(f"{label} takes no position_ids, so its tokens cannot be encoded at two places.")
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise UnsupportedModelError(
+            f"{label} has a learned prefix of peft before every sequence; moved keys would carry it along. Merge or "
+            "disable the adapter."
+        )
+    try:
+        own = DynamicCache(config=inner.config.get_text_config(decoder=True)).layers
+    except (AttributeError, KeyError) as error:
+        raise UnsupportedModelError(
+            f"{label} describes no cache of its own ({error}), so it cannot be moved."
+        ) from error
+    for number, layer in enumerate(own):
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            raise UnsupportedModelError(
+                f"layer {number} of {label} keeps a recurrent state ({type(layer).__name__}), which cannot be cut into "
+                "the parts of a prompt. Only models whose every layer caches keys and values will do."
+            )
+
+
+def _of_layer(
+    inner: PreTrainedModel, number: int, near: States, there: States, far: int, label: str
+) -> tuple[LayerRotation, float]:
+    best: tuple[LayerRotation, float] | None = None
+    for rotation in _candidates(inner, near):
+        error = max(_difference(x, y) for x, y in zip(rotation.move(near, far), there, strict=True))
+        if best is None or error < best[1]:
+            best = (rotation, error)
+    assert best is not None
+    if not best[1] <= _TOLERANCE.get(near.key.dtype, 1e-1):
+        raise UnsupportedModelError(
+            f"layer {number} of {label}: keys and values {far} positions further are no rotation of those at the "
+            f"beginning (nearest: {best[1]:.1e} relative). It has learned positions or another scheme, so cached parts "
+            "cannot be moved; use a model with rotary or no positions."
+        )
+    return best
+
+
+def _difference(x: Tensor, y: Tensor) -> float:
+    """Relative difference of the median token ``(..., T, D)``: rounding may send single tokens to other experts."""
+    by_token = [z.double().movedim(-2, 0).flatten(1).norm(dim=1) for z in (x.double() - y.double(), y)]
+    return float((by_token[0] / by_token[1].clamp_min(1e-30)).median())
+
+
+def _candidates(inner: PreTrainedModel, states: States) -> Iterator[LayerRotation]:
+    """Nothing rotated, then every frequency table of the model in both pairings and directions, at either end of a
+    head."""
+    yield LayerRotation(None)
+    tables = _frequencies(inner, states.key.shape[-1])
+    for frequencies in [*tables, *(-table for table in tables)]:  # nanochat turns the other way
+        turned = 2 * frequencies.shape[0]
+        places: tuple[Literal["key", "value"], ...] = ("key", "value")
+        for of in places:
+            room = getattr(states, of).shape[-1] - turned
+            for first in dict.fromkeys((0, room)) if room >= 0 else ():
+                for interleaved in (False, True):
+                    yield LayerRotation(frequencies, interleaved, first, of)
+
+
+def _frequencies(inner: PreTrainedModel, dim: int) -> list[Tensor]:
+    """The model's tables, or the usual one where it has only sines (GPT-J)."""
+    tables: dict[bytes, Tensor] = {}
+    for name, buffer in inner.named_buffers():
+        if name.endswith("inv_freq") and not name.endswith("original_inv_freq") and buffer.dim() == 1:
+            table = buffer.detach().double().cpu()
+            tables.setdefault(table.numpy().tobytes(), table)
+    if not tables:
+        config = inner.config.get_text_config()
+        size = int(getattr(config, "rotary_dim", None) or dim)
+        return [10000.0 ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)]
+    return list(tables.values())
