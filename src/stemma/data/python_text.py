@@ -5,8 +5,10 @@ one split gives is in no other. Tests, tables of character sets and what differs
 """
 
 import hashlib
+import os
 import sysconfig
 import tokenize
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -32,20 +34,20 @@ def source_texts(split: Split, *, library: Path | None = None) -> dict[str, str]
     Raises:
         InvalidDataError: there are less than a million bytes of sources.
     """
+    _check(split)
     folder = Path(sysconfig.get_path("stdlib")) if library is None else library
-    found, size = {}, 0
-    for path in sorted(folder.rglob("*.py"), key=lambda path: path.relative_to(folder).as_posix()):
-        name = path.relative_to(folder)
-        if _SKIPPED.isdisjoint(name.parts) and not name.name.startswith("_sysconfigdata"):
-            size += path.stat().st_size
-            if _split_of(name.as_posix()) == _known(split):
-                with tokenize.open(path) as file:
-                    found[name.as_posix()] = file.read()
+    files = {path.relative_to(folder).as_posix(): path for path in _sources(folder)}
+    size = sum(path.stat().st_size for path in files.values())
     if size < _FEWEST_BYTES:
         raise InvalidDataError(
             f"{folder} holds {size:,} bytes of Python sources; expected the whole standard library, more than "
             f"{_FEWEST_BYTES:,}. Use a Python that comes with its sources (not an embedded or stripped-down one)"
         )
+    found = {}
+    for name in sorted(files):
+        if _split_of(name) == split:
+            with tokenize.open(files[name]) as file:
+                found[name] = file.read()
     return found
 
 
@@ -58,19 +60,27 @@ def reference_texts(split: Split) -> dict[str, str]:
     Raises:
         InvalidDataError: this Python comes without them.
     """
+    _check(split)
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
         raise InvalidDataError(
             "this Python has no module pydoc_data.topics; use one that comes with the topics of help()"
         ) from error
-    return {name: topics[name] for name in sorted(topics) if _split_of(name) == _known(split)}
+    return {name: topics[name] for name in sorted(topics) if _split_of(name) == split}
 
 
-def _known(split: Split) -> Split:
+def _check(split: Split) -> None:
     if split not in get_args(Split):
         raise ValueError(f"split must be one of {', '.join(get_args(Split))}; got {split!r}")
-    return split
+
+
+def _sources(folder: Path) -> Iterator[Path]:
+    for root, folders, names in os.walk(folder):
+        folders[:] = set(folders) - _SKIPPED  # what is skipped is not searched either
+        yield from (
+            Path(root, name) for name in names if name.endswith(".py") and not name.startswith("_sysconfigdata")
+        )
 
 
 def _split_of(name: str) -> Split:
