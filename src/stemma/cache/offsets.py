@@ -1,0 +1,160 @@
+"""How the keys and values of a text differ below a template from those of the text alone, estimated from anchors.
+
+An anchor is a text whose states are known both alone (the *base*) and below the template. Their difference is added,
+weighted by likeness, to the base of another text (KVCOMM, arXiv 2510.12872, section 3). With ``K_a`` the base of anchor
+``a``, ``K`` that of the text (``N`` tokens) and ``D_a`` the anchor's difference,
+
+    ``s_a(n) = mean over layers, heads, channels of |K_a(n) - K(n)|``,  ``w(n) = softmax_a(-s_a(n) / temperature)``,
+    ``K'(n) = K(n) + sum_a w_a(n) D_a(n)``
+
+for the text, and for the piece of the template behind it one weight per channel, ``s_a = |K_a - K|`` over the last
+``N`` tokens; values likewise. The first layer has no difference: its keys and values depend on the token and its
+position only. Everything here is in the frame of the base, before keys are moved to where they will stand.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from stemma.cache.states import States
+
+__all__ = [
+    "Layers",
+    "Weighting",
+    "add_to_content",
+    "add_to_following",
+    "closeness",
+    "differences",
+    "spread",
+    "token_weights",
+]
+
+Layers = tuple[States, ...]
+"""Keys and values ``(1, heads, tokens, dim)`` of a run of tokens, layer by layer."""
+Weighting = Literal["similarity", "mean"]
+
+
+def differences(real: Layers, base: Layers) -> Layers:
+    """Real minus base of all layers but the first."""
+    return tuple(States(a.key - b.key, a.value - b.value) for a, b in zip(real[1:], base[1:], strict=True))
+
+
+def token_weights(base: Layers, anchors: Sequence[Layers], temperature: float) -> tuple[Tensor, Tensor]:
+    """``(A, N)`` weights of anchors for each token of a text, from keys and from values; columns sum to 1.
+
+    Args:
+        base: ``N`` tokens.
+        anchors: bases of ``A`` anchors of at least ``N`` tokens.
+        temperature: above 0.
+    """
+    tokens = base[0].key.shape[2]
+    found = []
+    for part in range(2):
+        channels = sum(pair[part].shape[1] * pair[part].shape[3] for pair in base)
+        distance = torch.stack([_apart(anchor, base, part, tokens) for anchor in anchors]) / channels
+        found.append(torch.softmax(-distance / temperature, dim=0))
+    return found[0], found[1]
+
+
+def add_to_content(
+    base: Layers,
+    anchors: Sequence[Layers],
+    offsets: Sequence[Layers],
+    *,
+    temperature: float = 1.0,
+    weighting: Weighting = "similarity",
+) -> Layers:
+    """The states of a text as its anchors say they are below the template.
+
+    Args:
+        base: ``N`` tokens alone, ``L`` layers.
+        anchors: bases of ``A`` anchors, of at least ``N`` tokens.
+        offsets: their differences, ``L - 1`` layers each; see :func:`differences`.
+        temperature: of the weights.
+        weighting: by likeness, or all alike.
+    """
+    tokens, count = base[0].key.shape[2], len(anchors)
+    if weighting == "similarity":
+        weights = token_weights(base, anchors, temperature)
+    else:
+        weights = (torch.full((count, 1), 1 / count, device=base[0].key.device),) * 2
+    result = [base[0]]
+    for layer, pair in enumerate(base[1:]):
+        parts = []
+        for part, own in enumerate(pair):
+            known = torch.stack([offset[layer][part][0, :, :tokens] for offset in offsets])
+            weight = weights[part].to(own.dtype)[:, None, :, None]
+            parts.append(own + (weight * known).sum(dim=0)[None])
+        result.append(States(*parts))
+    return tuple(result)
+
+
+def add_to_following(
+    following: Layers,
+    base: Layers,
+    anchors: Sequence[Layers],
+    offsets: Sequence[Layers],
+    *,
+    temperature: float = 1.0,
+    weighting: Weighting = "similarity",
+) -> Layers:
+    """The states of the piece of the template behind a text; arguments as for :func:`add_to_content`, with
+    ``following`` the piece's own base and ``offsets`` its differences."""
+    tokens, count = base[0].key.shape[2], len(anchors)
+    result = [following[0]]
+    for layer, pair in enumerate(following[1:]):
+        parts = []
+        for part, own in enumerate(pair):
+            known = torch.stack([offset[layer][part][0] for offset in offsets])
+            if weighting == "similarity":
+                text = base[layer + 1][part][0]
+                behind = torch.stack([a[layer + 1][part][0, :, -tokens:] for a in anchors])
+                distance = (behind - text).float().norm(dim=2, keepdim=True)  # (A, heads, 1, dim)
+                weight = torch.softmax(-distance / temperature, dim=0).to(own.dtype)
+            else:
+                weight = own.new_full((count, 1, 1, 1), 1 / count)
+            parts.append(own + (weight * known).sum(dim=0)[None])
+        result.append(States(*parts))
+    return tuple(result)
+
+
+def closeness(base: Layers, anchors: Sequence[Layers], sharpness: float | None) -> Tensor:
+    """``(A,)`` how near each anchor is, as a distribution: ``softmax(-d)``.
+
+    Args:
+        base: ``N`` tokens.
+        anchors: of at least ``N`` tokens.
+        sharpness: ``d`` is this number times ``|V_a - V| / |V|``; None for the published ``d = |V_a - V|`` (Frobenius
+            norms over all layers, heads, tokens and channels), which grows with the number of all those, so that the
+            softmax is 0 and 1 for texts of ordinary length.
+    """
+    tokens = base[0].key.shape[2]
+    apart = [[a.value[:, :, :tokens] - b.value for a, b in zip(anchor, base, strict=True)] for anchor in anchors]
+    distance = torch.stack([_norm(layers) for layers in apart])
+    if sharpness is not None:
+        distance = sharpness * distance / _norm([pair.value for pair in base]).clamp_min(1e-30)
+    return torch.softmax(-distance, dim=0)
+
+
+def _apart(anchor: Layers, base: Layers, part: int, tokens: int) -> Tensor:
+    """``(N,)`` sums of absolute differences of keys or values over layers, heads and channels."""
+    layers = zip(anchor, base, strict=True)
+    sums = [(a[part][:, :, :tokens] - b[part]).abs().sum(dim=(0, 1, 3), dtype=torch.float32) for a, b in layers]
+    return torch.stack(sums).sum(dim=0)
+
+
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Norm of several tensors as one vector."""
+    return torch.stack([x.norm(dtype=torch.float32) for x in tensors]).norm()
+
+
+def spread(closeness_A: Tensor) -> float:
+    """Entropy of a distribution over its largest value ``log2 A``: 0 where one anchor is near, 1 where all are
+    alike."""
+    if closeness_A.numel() < 2:
+        return 0.0
+    entropy = -(closeness_A * closeness_A.clamp_min(1e-30).log2()).sum()
+    return float(entropy) / math.log2(closeness_A.numel())
