@@ -148,7 +148,7 @@ def _apart(anchor: Layers, base: Layers, part: int, tokens: int) -> Tensor:
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:
     """Norm of several tensors as one vector."""
-    return torch.stack([x.norm(dtype=torch.float32) for x in tensors]).norm()
+    return torch.stack([x.float().norm() for x in tensors]).norm()
 
 
 def spread(closeness_A: Tensor) -> float:
