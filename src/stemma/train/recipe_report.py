@@ -1,39 +1,24 @@
 """The report of a reproduction: measurements, the tables made from them and the plot of its curves.
 
-Imports no torch. Measurements are plain data, so that a documentation page can be made from stored ones later.
+Measurements are plain data, so that a documentation page can be made from stored ones later.
 """
 
 import datetime
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from stemma.train.checkpoint import write_json
 from stemma.train.recipe import Difference, area, mean_and_error, paired
+from stemma.train.recipe_tables import COLUMNS, COUNTS, tables
 from stemma.train.report import require_matplotlib
 
 __all__ = ["Measurement", "Report", "tables"]
 
 Run = Mapping[str, Any]
-
-_COLUMNS = {
-    "pass@1": "pass@1",
-    "area": "area under the curve",
-    "sampled": "sampled tokens",
-    "optimised": "optimised tokens",
-    "encoded": "encoded per update",
-    "encoded_without_sharing": "without sharing",
-    "sampling_encoded": "encoded to sample",
-    "sampling_without_sharing": "without sharing",
-    "step_seconds": "s per step",
-    "update_seconds": "update, s",
-    "update_seconds_plain": "update without sharing, s",
-    "gradient_error": "gradient, shared − plain",
-}
-"""Metrics of every method, and the heads of their columns."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +95,7 @@ class Report:
         difference = paired(first[:pairs], second[:pairs])
         self.record(
             method,
-            name or f"{_COLUMNS[metric]}, {method} − {baseline}",
+            name or f"{COLUMNS[metric]}, {method} − {baseline}",
             difference.mean,
             error=difference.error,
             repeats=pairs,
@@ -173,7 +158,7 @@ class Report:
                 if known:
                     mean, error = mean_and_error(known)
                     value = max(known) if metric == "gradient_error" else mean
-                    unit = "s" if "seconds" in metric else "tokens" if metric in _COUNTS else ""
+                    unit = "s" if "seconds" in metric else "tokens" if metric in COUNTS else ""
                     found.append(
                         Measurement(
                             method=method, metric=metric, value=value, error=error, repeats=len(known), unit=unit
@@ -207,85 +192,6 @@ class Report:
         temporary = path.with_name(f".{path.stem}.tmp.png")
         figure.savefig(temporary, dpi=90, metadata={"Software": None})
         os.replace(temporary, path)
-
-
-_COUNTS = (
-    *("sampled", "optimised", "encoded", "encoded_without_sharing"),
-    *("sampling_encoded", "sampling_without_sharing"),
-)
-
-
-def tables(rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any] | None = None) -> list[str]:
-    """Markdown of stored measurements: the setting, claims, methods, the rest."""
-    parts = []
-    if about:
-        parts.append(_table(["setting", ""], [[str(key), str(value)] for key, value in about.items()]))
-    claims = [row for row in rows if row["claim"]]
-    if claims:
-        body = [
-            [row["claim"], row["metric"], _value(row), _p_value(row), _verdict(row), str(row["repeats"])]
-            for row in claims
-        ]
-        parts.append(_table(["the paper's claim", "measured here", "value", "p", "holds", "n"], body))
-    methods = list(dict.fromkeys(row["method"] for row in rows if row["metric"] in _COLUMNS))
-    found = {(row["method"], row["metric"]): row for row in rows}
-    if methods:
-        body = [[m, *(_cell(found.get((m, metric)), metric) for metric in _COLUMNS)] for m in methods]
-        parts.append(_table(["method", *_COLUMNS.values()], body))
-    rest = [row for row in rows if row["metric"] not in _COLUMNS and not row["claim"]]
-    if rest:
-        columns, lines = (
-            list(dict.fromkeys(row["method"] for row in rest)),
-            dict.fromkeys(row["metric"] for row in rest),
-        )
-        body = []
-        for metric in lines:
-            own = [found.get((method, metric)) for method in columns]
-            count = max(row["repeats"] for row in own if row)
-            body.append([metric, *("–" if row is None else _value(row) for row in own), str(count)])
-        parts.append(_table(["also measured", *columns, "n"], body))
-    return parts
-
-
-def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    rule = ["---"] + ["---:"] * (len(head) - 1)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, rule, *body])
-
-
-def _value(row: Mapping[str, Any]) -> str:
-    if row["value"] is None:
-        return "–"
-    sign = "+" if row["baseline"] and row["value"] >= 0 else ""
-    form = ",.0f" if abs(row["value"]) >= 1000 else ".3f"
-    error = "" if row["error"] is None else f" ± {row['error']:{form}}"
-    return f"{sign}{row['value']:{form}}{error}{' ' + row['unit'] if row['unit'] else ''}"
-
-
-def _p_value(row: Mapping[str, Any]) -> str:
-    if row["p_value"] is None:
-        return "–"
-    return f"{row['p_value']:.2g}" if row["p_value"] >= 0.001 else "< 0.001"
-
-
-def _verdict(row: Mapping[str, Any]) -> str:
-    """Mechanical: above 0 by two standard errors, above 0 in the mean, or not."""
-    if row["expected"] != "higher" or row["value"] is None:
-        return "–"
-    if row["value"] <= 0:
-        return "no"
-    return "yes" if row["error"] is not None and row["value"] > 2 * row["error"] else "in the mean"
-
-
-def _cell(row: Mapping[str, Any] | None, metric: str) -> str:
-    if row is None:
-        return "–"
-    if metric in _COUNTS:
-        return f"{row['value']:,.0f}"
-    if metric == "gradient_error":
-        return f"{row['value']:.0e}"
-    if "seconds" in metric:
-        return f"{row['value']:.2f}"
-    return f"{row['value']:.3f}" + ("" if row["error"] is None else f" ± {row['error']:.3f}")
 
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:
