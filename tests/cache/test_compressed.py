@@ -140,7 +140,10 @@ def test_retained_mass_is_the_cumulative_share_and_does_not_depend_on_scale():
 # ---------------------------------------------------------------------- storage
 
 
-@given(shape=shapes, room=st.sampled_from([1, 3, 40]), steps=st.lists(st.integers(1, 3), max_size=6), drop=st.booleans())
+steps_of = st.lists(st.integers(1, 3), max_size=6)
+
+
+@given(shape=shapes, room=st.sampled_from([1, 3, 40]), steps=steps_of, drop=st.booleans())
 def test_attention_over_what_is_kept_is_that_over_all_with_the_rest_hidden(shape, room, steps, drop):
     extra = sum(steps)
     query, key, value, position, rules = random_rows(shape, extra)

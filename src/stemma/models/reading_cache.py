@@ -1,0 +1,156 @@
+"""What caches that answer queries themselves have in common: rows padded on the left, lengths, masks, and the guard.
+
+How a layer finds its cache: it updates the cache with its new keys and values, which only notes the visit and hands
+them back, and then attends. The mask it attends with is a marker that leads to the cache (:mod:`stemma.models.masks`).
+A layer that updates but does not attend through the marker would silently ignore what the cache holds; it is refused by
+name.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from stemma.errors import InvalidBatchError, UnsupportedModelError
+from stemma.models.adapter import base_model
+from stemma.models.masks import mask_is_for
+
+__all__ = ["RowsCache"]
+
+
+class _Layer(CacheLayerMixin):
+    """What a layer of the model sees of the cache: lengths."""
+
+    is_sliding = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, cache: "RowsCache", number: int, seen: int) -> None:
+        super().__init__()
+        self.cache, self.number, self.seen = cache, number, seen
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        pass
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.cache.check_read()
+        self.cache.unread = self.number
+        if key_states.shape[0] != self.cache.batch_size:
+            raise self.cache._other_rows(key_states.shape[0])
+        self.seen += key_states.shape[2]
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class RowsCache(Cache):
+    """A cache for rows that are padded on the left; subclasses answer the queries.
+
+    Args:
+        model: the model that it is for.
+        lengths: ``(rows,)`` int64, prompt tokens of each row.
+        seen: columns that it holds from the start.
+        loss: what a layer that does not read the cache would do, for messages.
+    """
+
+    def __init__(self, model: nn.Module, lengths: np.ndarray, seen: int, loss: str) -> None:
+        inner = base_model(model)
+        config = inner.config.get_text_config()
+        super().__init__(layers=[_Layer(self, number, seen) for number in range(int(config.num_hidden_layers))])
+        self.lengths = lengths
+        """``(rows,)`` prompt tokens of each row."""
+        self.prompt_length = int(lengths.max(initial=0))
+        """Columns of the prompt."""
+        self.unread: int | None = None
+        """Layer that has put its keys here and not yet attended."""
+        self.label = f"{type(inner).__name__} (model type '{config.model_type}')"
+        self._loss = loss
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the batch."""
+        return int(self.lengths.size)
+
+    @property
+    def pads(self) -> np.ndarray:
+        """``(rows,)`` columns of padding on the left of each row."""
+        return self.prompt_length - self.lengths
+
+    @property
+    def new_columns(self) -> int:
+        """Columns behind the prompt."""
+        return self.get_seq_length() - self.prompt_length
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Columns of a mask, and their offset; the next mask function will know that this cache was asked."""
+        self.check_read()
+        length, offset = super().get_mask_sizes(query_length, layer_idx)
+        mask_is_for(self, length, query_length)  # type: ignore[arg-type]  # subclasses attend
+        return length, offset
+
+    def check_mask(self, attention_mask: Tensor | None, new_tokens: int) -> tuple[int, int]:
+        """Refuse a mask that hides anything but the padding left of each row; see
+        :class:`stemma.models.masks.ReadingCache`."""
+        pads = self.pads
+        if attention_mask is None:
+            if pads.any():
+                raise InvalidBatchError(
+                    "the rows of this cache have different lengths, so the model needs the attention mask of the whole "
+                    "rows, padded on the left, to tell their positions."
+                )
+            return 0, 0
+        expected = (self.batch_size, self.get_seq_length() + new_tokens)
+        if attention_mask.shape[0] != self.batch_size:
+            raise self._other_rows(attention_mask.shape[0])
+        if attention_mask.shape != expected:
+            raise InvalidBatchError(
+                f"the attention mask must be {expected}, one column for each token so far (the cached ones included) "
+                f"and each new one, got {tuple(attention_mask.shape)}. Give whole rows, padded on the left."
+            )
+        if self.new_columns > 0:  # checked in full at first; later only the columns that came in since
+            fits = bool(attention_mask[:, -new_tokens:].all())
+        else:
+            column = torch.arange(expected[1], device=attention_mask.device)
+            wanted = column >= torch.from_numpy(pads).to(attention_mask.device)[:, None]
+            fits = torch.equal(attention_mask.bool(), wanted)
+        if not fits:
+            raise InvalidBatchError(
+                "the attention mask hides other tokens than the padding on the left that the rows of this cache have."
+            )
+        longest = int(np.argmin(pads))
+        return longest, int(pads[longest])
+
+    def _other_rows(self, rows: int) -> InvalidBatchError:
+        return InvalidBatchError(
+            f"the cache was made for {self.batch_size} rows, and {rows} were given. For several samples or beams of "
+            "each row call cache.batch_repeat_interleave first."
+        )
+
+    def check_read(self) -> None:
+        """Refuse a model of which a layer took the cache's keys elsewhere than to our attention.
+
+        Raises:
+            UnsupportedModelError: names the layer.
+        """
+        if self.unread is not None:
+            raise UnsupportedModelError(
+                f"layer {self.unread} of {self.label} put its keys into the cache but did not attend through it, "
+                f"{self._loss}."
+            )
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows."""
+        self.reorder_cache(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row, the copies side by side."""
+        self.reorder_cache(torch.arange(self.batch_size).repeat_interleave(repeats))
