@@ -90,17 +90,21 @@ def decode_attention(
     """
     rows, heads, new, dim = query.shape
     key_heads = key.shape[1]
-    wide = torch.promote_types(query.dtype, torch.float32)
     # A single token sees all own keys, so its group folds into the queries of its key head.
-    folded = query.reshape(rows, key_heads, heads // key_heads, dim) if new == 1 else query
+    folds = new == 1 and heads != key_heads
+    folded = query.reshape(rows, key_heads, heads // key_heads, dim) if folds else query
     output, sums = block_forward(folded, key, value, causal=False, scale=scale, softcap=softcap, bias=bias)
-    output = output.reshape(rows, heads, new, dim).transpose(1, 2)
+    output = (output.reshape(rows, heads, new, dim) if folds else output).transpose(1, 2)
     if not segments and sinks is None and answer is None:
         return output
+    wide = torch.promote_types(query.dtype, torch.float32)
     output, sums = output.to(wide), sums.reshape(rows, heads, new).transpose(1, 2)
     if segments:
         shared, shared_sums = _shared(query, key_heads, segments, scale, order, softcap)
-        output, sums = merge(shared, shared_sums, output, sums)
+        # Own sums are finite, and often nobody asks for the merged ones: fewer steps than `merge`.
+        output = torch.lerp(output, shared, torch.sigmoid(shared_sums - sums)[..., None])
+        if answer is not None or sinks is not None:
+            sums = torch.logaddexp(sums, shared_sums)
     if answer is not None:
         output, sums = merge(output, sums, *(x.transpose(1, 2).to(wide) for x in answer))
     if sinks is not None:

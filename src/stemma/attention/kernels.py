@@ -57,7 +57,7 @@ def block_forward(
     if softcap is None and query.device.type == "cpu":
         if bias is not None:
             bias = bias.expand(query.shape[0], 1, query.shape[2], key.shape[2])
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        return torch._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, causal, attn_mask=bias, scale=scale
         )
     return _math_forward(query, key, value, causal, scale, softcap, bias)

@@ -35,6 +35,8 @@ class States(NamedTuple):
 
 def even_heads(key: Tensor, value: Tensor) -> States:
     """Give keys and values one head size with zeros, which change no score and no answer (latent attention has two)."""
+    if key.shape[-1] == value.shape[-1] and key.dtype == value.dtype:
+        return States(key, value)
     wider = max(key.shape[-1], value.shape[-1])
     return States(_widened(key.to(value.dtype), wider), _widened(value, wider))
 
@@ -288,7 +290,8 @@ class PrefixStates:
         """
         value_dim, new = value.shape[-1], query.shape[2]
         key, value = even_heads(key, value)
-        query = _widened(query.to(value.dtype), value.shape[-1])
+        if query.shape[-1] != value.shape[-1] or query.dtype != value.dtype:
+            query = _widened(query.to(value.dtype), value.shape[-1])
         if answer is not None:
             answer = _widened(answer[0], value.shape[-1]), answer[1]
         if module not in self._own:

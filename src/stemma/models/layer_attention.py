@@ -137,11 +137,11 @@ def refuse_other_attention(
     **others: Any,
 ) -> None:
     """Refuse attention that is not causal softmax attention over all keys of the path."""
-    unknown = sorted(name for name, value in others.items() if isinstance(value, Tensor) and name not in _HARMLESS)
+    unknown = [name for name, value in others.items() if isinstance(value, Tensor) and name not in _HARMLESS]
     if unknown:
         raise UnsupportedModelError(
-            f"{where} hands its attention function {', '.join(unknown)}, which tree attention does not know (sparse "
-            "selections of keys, say)."
+            f"{where} hands its attention function {', '.join(sorted(unknown))}, which tree attention does not know "
+            "(sparse selections of keys, say)."
         )
     if position_bias is not None:
         raise UnsupportedModelError(f"{where} adds a position bias to its scores, which no block kernel computes.")

@@ -125,6 +125,7 @@ class SharedPrefixCache(Cache):
         """Tokens that were encoded to make it."""
         self.prefix_length = int(states.tokens.max(initial=0))
         """Cached prefix tokens of the longest row."""
+        self._count()
         self._label = type(base_model(model)).__name__
         self._unread: int | None = None
 
@@ -223,15 +224,14 @@ class SharedPrefixCache(Cache):
     def check_mask(self, attention_mask: Tensor | None, new_tokens: int) -> tuple[int, int]:
         """Refuse a mask that hides anything but the padding left of each row; see
         :class:`stemma.models.masks.ReadingCache`."""
-        pads = self.prefix_length - self.states.tokens
         seen = self.layers[0].get_seq_length() - self.prefix_length
         if attention_mask is None:
-            if pads.any():
+            if self._padded:
                 raise InvalidBatchError(
                     "the rows of this cache have different lengths, so the model needs the attention mask of the whole "
                     "rows, padded on the left, to tell their positions."
                 )
-            return 0, 0
+            return self._longest
         expected = (self.states.num_rows, self.prefix_length + seen + new_tokens)
         if attention_mask.shape != expected:
             raise InvalidBatchError(
@@ -239,17 +239,16 @@ class SharedPrefixCache(Cache):
                 f"and each new one, got {tuple(attention_mask.shape)}. Give whole rows, padded on the left."
             )
         if seen:  # checked in full at first; later only the columns that came in since
-            fits = bool(attention_mask[:, -new_tokens:].all())
+            fits = all(map(all, attention_mask[:, -new_tokens:].tolist()))
         else:
+            pads = torch.from_numpy(self.prefix_length - self.states.tokens).to(attention_mask.device)
             column = torch.arange(expected[1], device=attention_mask.device)
-            wanted = column >= torch.from_numpy(pads).to(attention_mask.device)[:, None]
-            fits = torch.equal(attention_mask.bool(), wanted)
+            fits = torch.equal(attention_mask.bool(), column >= pads[:, None])
         if not fits:
             raise InvalidBatchError(
                 "the attention mask hides other tokens than the padding on the left that the rows of this cache have."
             )
-        longest = int(np.argmin(pads))
-        return longest, int(pads[longest])
+        return self._longest
 
     def _visit(self, layer: int) -> None:
         self.check_read()
@@ -267,7 +266,6 @@ class SharedPrefixCache(Cache):
                 "it would ignore the shared prefix. Generate without shared prefixes."
             )
 
-    @torch.no_grad()
     def attend(
         self,
         module: nn.Module,
@@ -282,10 +280,13 @@ class SharedPrefixCache(Cache):
         answer: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Attention of a layer's new tokens; see :class:`stemma.models.masks.ReadingCache`."""
-        if any(x.requires_grad for x in (query, key, value, *(answer or ()))):
-            raise UnsupportedModelError(
-                "a cache of shared prefixes has no gradients; decode under torch.no_grad(), train with stemma.score."
-            )
+        if torch.is_grad_enabled():
+            if any(x.requires_grad for x in (query, key, value, *(answer or ()))):
+                raise UnsupportedModelError(
+                    "a cache of shared prefixes has no gradients; decode under torch.no_grad(), train with "
+                    "stemma.score."
+                )
+            sinks = None if sinks is None else sinks.detach()
         self._unread = None
         return self.states.attend(
             module, query, key, value, scale=scale, window=window, softcap=softcap, sinks=sinks, answer=answer
@@ -295,15 +296,23 @@ class SharedPrefixCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let row ``i`` be what row ``beam_idx[i]`` was."""
-        self.states.select(beam_idx)
+        self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows."""
         self.states.select(indices)
+        self._count()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row, the copies side by side."""
-        self.states.select(torch.arange(self.states.num_rows).repeat_interleave(repeats))
+        self.batch_select_indices(torch.arange(self.states.num_rows).repeat_interleave(repeats))
+
+    def _count(self) -> None:
+        """What masks of these rows have: kept, as they are asked for in every step."""
+        pads = self.prefix_length - self.states.tokens
+        row = int(pads.argmin()) if pads.size else 0
+        self._longest = row, int(pads[row]) if pads.size else 0
+        self._padded = bool(pads.any())
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` new tokens; prefixes cannot be cropped.
