@@ -6,9 +6,11 @@ For every prompt, ``G`` completions are sampled and rewarded; the advantage of c
 repeat one prompt, and often each other's beginnings: the forward and backward run over the prefix tree of the whole
 micro-batch, in which every shared token appears once, with the same result.
 
-Source: DeepSeekMath (2024, arXiv 2402.03300); variants Dr. GRPO (2503.20783), DAPO (2503.14476), GSPO (2507.18071),
-CISPO (2506.13585), RLOO (2402.14740), see `_losses` and `_dynamic`; Prefix Grouper (2506.05433) for encoding the prompt
-once.
+Source: "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models", 2024, arXiv 2402.03300;
+variants Dr. GRPO (2503.20783), DAPO (2503.14476), GSPO (2507.18071), CISPO (2506.13585), RLOO (2402.14740), see
+`_losses` and `_dynamic`; Prefix Grouper (2506.05433) for encoding the prompt once.
+
+No `run`: it is the baseline of this room's reproductions, and benchmarks/speed.py measures what sharing saves.
 
 What we changed: the denominators of every loss but bnpo are those of the whole optimiser batch over all processes, so
 accumulation and process count do not change the loss; a group is never split between micro-batches or processes;

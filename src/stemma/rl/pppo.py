@@ -4,8 +4,8 @@ For models whose early tokens decide the outcome while the rest follows by itsel
 beginning of a correct output) > P(correct) > P(correct | that of a wrong one); `beginning_lock_in` measures it on your
 model). Few tokens are optimised and their reward is steadier, at the price of ``1 + num_continuations`` samples each.
 
-Source: Well Begun, Half Done: Reinforcement Learning with Prefix Optimization for LLM Reasoning (2025, arXiv
-2512.15274, AAAI 2026; no code). With its symbols and, in brackets, our names::
+Source: "Well Begun, Half Done: Reinforcement Learning with Prefix Optimization for LLM Reasoning", 2025, arXiv
+2512.15274 (AAAI 2026; no code). With its symbols and, in brackets, our names::
 
     o_1..o_N ~ pi_old(. | q)            b_i = first floor(eta |o_i|) tokens of o_i        [`PrefixRetention`]
     c_i,1..c_i,G ~ pi_old(. | q, b_i)                                                     [num_continuations]

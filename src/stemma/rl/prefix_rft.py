@@ -5,7 +5,7 @@ freely and one continues the first L tokens of the demonstration; the verifier j
 trained on like the others, its forced tokens included. Supervised and reinforcement learning in one loss, at no extra
 rollout.
 
-Source: Blending Supervised and Reinforcement Fine-Tuning with Prefix Sampling (2025, arXiv 2507.01679v3), and the
+Source: "Blending Supervised and Reinforcement Fine-Tuning with Prefix Sampling", 2025, arXiv 2507.01679v3, and the
 released code (github.com/ZeroYuHuang/prefix_rft). With its symbols and, in brackets, our names::
 
     l ~ U(low_t, high)                    L = min(floor(l |y*|), |y*| - 1)        [prefix_ratio_*, `prefix_length`]

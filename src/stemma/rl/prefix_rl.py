@@ -4,8 +4,8 @@ What for: where a problem is never solved, every reward is 0 and there is nothin
 it, found by long rejection sampling or by another model, is cut off part of the way and given to the policy as context:
 from there it succeeds often enough to learn, and what it learns carries over to the problem without the prefix.
 
-Source: "Reuse your FLOPs: Scaling RL on Hard Problems by Conditioning on Very Off-Policy Prefixes" (2026, arXiv
-2601.18795). With one verified trace ``y_x`` (`Trace.trace_ids`) for each hard problem ``x`` (`Trace.prompt_ids`), drawn
+Source: "Reuse your FLOPs: Scaling RL on Hard Problems by Conditioning on Very Off-Policy Prefixes", 2026, arXiv
+2601.18795. With one verified trace ``y_x`` (`Trace.trace_ids`) for each hard problem ``x`` (`Trace.prompt_ids`), drawn
 once and then frozen:
 
     D_pre: for each x, 3 (`cuts_per_problem`) prefixed problems x ⊕ y_x[:h],  h ~ U(0.4, 0.8) |y_x|  (`ratio`)

@@ -40,7 +40,11 @@ it; rows for evaluation must have none. The rows of `stemma.rl.prefix_rl.build_p
 Choose `per_device_train_batch_size` as a multiple of `num_generations`: a group that is cut between two slices has its
 prompt encoded in both.
 
-Source of the idea: "Prefix Grouper: Efficient GRPO Training through Shared-Prefix Forward", 2025, arXiv 2506.05433.
+Source: "Prefix Grouper: Efficient GRPO Training through Shared-Prefix Forward", 2025, arXiv 2506.05433.
+
+No `Config`: the options are those of TRL's `GRPOConfig` and `RLOOConfig`, and the two arguments above.
+
+No `run`: the paper claims speed at equal results, which benchmarks/speed.py measures beside its released code.
 """
 
 from __future__ import annotations
