@@ -124,4 +124,4 @@ def test_a_model_without_a_prefix_makes_no_further_call(monkeypatch):
         if len(counts) == 1:
             weigh(model)
     detach(model)
-    assert counts == [2, 4]  # one in each layer for the shared run, one for the learned prefix
+    assert counts[1] == counts[0] + 2  # one in each layer for the learned prefix

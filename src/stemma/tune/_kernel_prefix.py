@@ -6,8 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from stemma.attention.kernelized import FeatureMap, KernelSums, kernel_answer, kernel_sums
-from stemma.errors import UnsupportedModelError
-from stemma.models.layer_attention import KERNEL_PREFIX, place
 
 __all__ = ["KernelPrefix"]
 
@@ -62,8 +60,8 @@ class KernelPrefix(nn.Module):
         self.feature_map, self.key_heads, self.head_dim, self.value_dim = feature_map, key_heads, head_dim, value_dim
         self.per_key_head, self.chosen, self.seed = per_key_head, chosen, seed
         self.everywhere = len(chosen) == count
-        self.read = False
-        """Whether attention asked since the attention module was called."""
+        self.about: dict[str, Any] = {}
+        """Options of the adapter that it belongs to."""
         size, dtype = feature_map.size(head_dim), torch.promote_types(dtype, torch.float32)
         number = torch.tensor([chosen.index(h) if h in chosen else -1 for h in range(count)], device=device)
         rows = number.repeat_interleave(heads // key_heads) if per_key_head else number
@@ -90,7 +88,6 @@ class KernelPrefix(nn.Module):
 
     def forward(self, query: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """The answer ``(rows, heads, n, value_dim)`` to queries ``(rows, heads, n, head_dim)``, and its log-sum-exp."""
-        self.read = True
         sums, positive = self.sums, self.feature_map.positive
         present = self.rows >= 0
         asked = query if self.everywhere else query[:, present]
@@ -150,29 +147,3 @@ class KernelPrefix(nn.Module):
         left, singular, right = torch.linalg.svd(value, full_matrices=False)
         self.value_left.copy_(left[..., : self.rank] * singular[..., None, : self.rank])
         self.value_right.copy_(right[..., : self.rank, :])
-
-    def add_to(self, module: nn.Module) -> None:
-        """Become a sub-module of an attention module, which from now on must ask in every forward."""
-        setattr(module, KERNEL_PREFIX, self)
-        self._handles = [
-            module.register_forward_pre_hook(_forget),
-            module.register_forward_hook(_refuse_unread),
-        ]
-
-    def remove_from(self, module: nn.Module) -> None:
-        """Undo :meth:`add_to`."""
-        for handle in self._handles:
-            handle.remove()
-        delattr(module, KERNEL_PREFIX)
-
-
-def _forget(module: Any, arguments: Any) -> None:
-    module.get_submodule(KERNEL_PREFIX).read = False
-
-
-def _refuse_unread(module: Any, arguments: Any, output: Any) -> None:
-    if not module.get_submodule(KERNEL_PREFIX).read:
-        raise UnsupportedModelError(
-            f"{place(module)} has a learned prefix but did not attend through stemma's attention, so the prefix was "
-            "ignored. Call stemma.enable(model, self_test=False), or detach the prefix."
-        )

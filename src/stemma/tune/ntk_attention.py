@@ -33,13 +33,13 @@ v2 and LoRA are in the package peft; LoRA can be trained together with this.
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from stemma.attention.kernelized import FeatureMap
@@ -49,22 +49,37 @@ from stemma.models.layer_attention import KERNEL_PREFIX
 from stemma.train.checkpoint import write_json
 from stemma.train.recipe import Options
 from stemma.train.seeds import stream_seed
+from stemma.tune._adapters import (
+    active_adapters,
+    adapter_names,
+    adapter_of,
+    add_adapter,
+    check_new_name,
+    delete_adapter,
+    detach,
+    disable_adapter,
+    set_adapter,
+)
 from stemma.tune._kernel_prefix import KernelPrefix
 from stemma.tune._prefix_states import States, attention_calls, peft_prefix_states, prefix_states
 
 __all__ = [
     "Config",
     "ConversionError",
+    "active_adapters",
+    "adapter_names",
     "attach",
     "conversion_error",
+    "delete_adapter",
     "detach",
-    "detached",
+    "disable_adapter",
     "load_adapter",
     "parameter_count",
     "peft_prefix_states",
     "prefix_states",
     "run",
     "save_adapter",
+    "set_adapter",
 ]
 
 _TYPE = "STEMMA_NTK_ATTENTION"
@@ -115,28 +130,42 @@ class Config:
         )
 
 
-def attach(model: Any, config: Config | None = None, *, prefix: States | None = None, freeze: bool = True) -> Any:
+def attach(
+    model: Any,
+    config: Config | None = None,
+    *,
+    adapter_name: str = "default",
+    prefix: States | None = None,
+    freeze: bool = True,
+) -> Any:
     """Give attention modules a prefix, as sub-modules whose parameters travel with the model's.
+
+    A model can have several, each under its name; the new one becomes the active one (:func:`set_adapter`).
 
     Args:
         model: a causal language model of transformers, plain or wrapped; enabled if it is not (:func:`stemma.enable`).
             Wrap it in LoRA before, not after: peft freezes what it does not know.
         config: options.
+        adapter_name: a new name, a part of the parameters' names.
         prefix: what the prefix is to stand for, from :func:`prefix_states` or :func:`peft_prefix_states`; None: an
             untrained one.
-        freeze: let only the new parameters be trained; False leaves the others as they are.
+        freeze: let only the new parameters be trained; False leaves the others as they are, but for other adapters.
 
     Returns:
         The same model.
 
     Raises:
-        UnsupportedModelError: it has a prefix already, or its attention cannot be merged with one.
-        ValueError: layers or heads that it does not have, or a rank above the matrix's.
+        UnsupportedModelError: the attention of the model cannot be merged with a prefix.
+        ValueError: a name that is taken, layers or heads that it does not have, or a rank above the matrix's.
     """
-    config = Config() if config is None else config
+    check_new_name(model, adapter_name)
+    add_adapter(model, adapter_name, _make(model, Config() if config is None else config, prefix), freeze=freeze)
+    return model
+
+
+def _make(model: Any, config: Config, prefix: States | None) -> dict[nn.Module, KernelPrefix]:
+    """The prefixes of an adapter by attention module, not yet added to them."""
     inner = base_model(model)
-    if _attached(model):
-        raise UnsupportedModelError(f"{type(inner).__name__} has a learned prefix; detach it before another.")
     if not is_enabled(model):
         enable(model)
     implementation = inner.config.get_text_config()._attn_implementation
@@ -165,45 +194,18 @@ def attach(model: Any, config: Config | None = None, *, prefix: States | None = 
                 dtype=value.dtype,
                 device=value.device,
             )
+            kernel.about = asdict(config)
             if prefix is None:
                 kernel.start(scale, config.initial_mass)
             else:
                 kernel.fill(*prefix[module], scale)
-    if freeze:
-        inner.requires_grad_(False)
-    for module, kernel in made.items():
-        kernel.add_to(module)
-    inner._stemma_prefix_config = config
-    return model
-
-
-def detach(model: Any) -> Any:
-    """Take the prefix away again; returns the model."""
-    for module, kernel in _attached(model).items():
-        kernel.remove_from(module)
-    return model
-
-
-@contextmanager
-def detached(model: Any) -> Iterator[None]:
-    """The model without its prefix, for a while."""
-    prefixes = _attached(model)
-    detach(model)
-    try:
-        yield
-    finally:
-        for module, kernel in prefixes.items():
-            kernel.add_to(module)
+    return made
 
 
 def parameter_count(model: Any) -> int:
-    """Numbers that the attached prefix has to train."""
-    return sum(p.numel() for kernel in _attached(model).values() for p in kernel.parameters())
-
-
-def _attached(model: Any) -> dict[nn.Module, KernelPrefix]:
-    modules = list(base_model(model).modules())
-    return {module: getattr(module, KERNEL_PREFIX) for module in modules if hasattr(module, KERNEL_PREFIX)}
+    """Numbers that the active adapters have to train."""
+    made = [kernel for name in active_adapters(model) for kernel in adapter_of(model, name).values()]
+    return sum(parameter.numel() for kernel in made for parameter in kernel.parameters())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,20 +226,20 @@ class ConversionError:
 
 @torch.no_grad()
 def conversion_error(model: Any, prefix: States, inputs: Tensor) -> ConversionError:
-    """Compare the attached prefix with the exact one, whose keys and values lie in the cache.
+    """Compare the active prefix with the exact one, whose keys and values lie in the cache.
 
     Args:
-        model: with an attached prefix, in evaluation mode.
+        model: with an active prefix, in evaluation mode.
         prefix: the exact one.
         inputs: ``(rows, length)`` token ids that follow, without padding.
 
     Raises:
-        UnsupportedModelError: nothing is attached.
+        UnsupportedModelError: no prefix is active.
     """
     from transformers import DynamicCache
 
-    if not _attached(model):
-        raise UnsupportedModelError("the model has no learned prefix to compare; attach one first.")
+    if not active_adapters(model):
+        raise UnsupportedModelError("the model has no active learned prefix to compare; attach one first.")
     inner = base_model(model)
     positions = torch.arange(inputs.shape[1], device=inputs.device).expand_as(inputs)
 
@@ -246,7 +248,7 @@ def conversion_error(model: Any, prefix: States, inputs: Tensor) -> ConversionEr
         return logits.double()
 
     found = predict(use_cache=False)
-    with detached(model):
+    with disable_adapter(model):
         without = predict(use_cache=False)
         cache = DynamicCache()
         for number, (key, value) in enumerate(prefix.values()):
@@ -272,61 +274,83 @@ def conversion_error(model: Any, prefix: States, inputs: Tensor) -> ConversionEr
 # ---------------------------------------------------------------------- files
 
 
-def save_adapter(model: Any, folder: str | os.PathLike[str]) -> None:
-    """Write the attached prefix as `adapter_config.json` and `adapter_model.safetensors`.
+def save_adapter(model: Any, folder: str | os.PathLike[str], adapter_name: str | None = None) -> None:
+    """Write one adapter as `adapter_config.json` and `adapter_model.safetensors`, without its name.
+
+    Args:
+        model: with an attached adapter.
+        folder: made when missing.
+        adapter_name: which; None for a model that has one.
 
     Raises:
-        UnsupportedModelError: nothing is attached.
+        ValueError: there is no such adapter, or several and no name.
     """
     from safetensors.torch import save_file
 
-    inner = base_model(model)
-    tensors = {name: tensor.contiguous() for name, tensor in inner.state_dict().items() if _of_prefix(name)}
-    if not tensors:
-        raise UnsupportedModelError("the model has no learned prefix to save; attach one first.")
-    folder = Path(folder)
+    known, folder = adapter_names(model), Path(folder)
+    if adapter_name is None and len(known) == 1:
+        adapter_name = known[0]
+    if adapter_name not in known:
+        raise ValueError(f"adapter_name must be one of {known}, got {adapter_name!r}; attach an adapter first.")
+    made = adapter_of(model, adapter_name)
+    tensors = {name: tensor.contiguous() for name, tensor in _tensors(model, made).items()}
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / ".adapter_model.tmp"
     save_file(tensors, temporary)
     os.replace(temporary, folder / "adapter_model.safetensors")
-    about = {"peft_type": _TYPE, "base_model_name_or_path": getattr(inner.config, "_name_or_path", "")}
-    write_json(folder / "adapter_config.json", about | asdict(inner._stemma_prefix_config))
+    about = {"peft_type": _TYPE, "base_model_name_or_path": getattr(base_model(model).config, "_name_or_path", "")}
+    write_json(folder / "adapter_config.json", about | next(iter(made.values())).about)
 
 
-def load_adapter(model: Any, folder: str | os.PathLike[str], *, freeze: bool = True) -> Any:
-    """Attach what :func:`save_adapter` wrote; returns the model.
+def load_adapter(
+    model: Any, folder: str | os.PathLike[str], adapter_name: str = "default", *, freeze: bool = True
+) -> Any:
+    """Attach what :func:`save_adapter` wrote, as the active adapter, and return the model; one that is refused stays as
+    it was.
 
     Raises:
         InvalidDataError: the files are missing, of another kind, or do not fit the model.
+        ValueError: the name is taken.
     """
     from safetensors.torch import load_file
 
+    check_new_name(model, adapter_name)
     folder = Path(folder)
     try:
         options = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "adapter_model.safetensors")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise InvalidDataError(f"{folder} holds no adapter that stemma saved: {error}") from error
     kind, _ = options.pop("peft_type", None), options.pop("base_model_name_or_path", None)
     if kind != _TYPE:
         raise InvalidDataError(f"{folder} holds an adapter of type {kind!r}, not {_TYPE!r}; load it with peft.")
-    attach(model, Config(**options), freeze=freeze)
-    own = {name: tensor for name, tensor in base_model(model).state_dict().items() if _of_prefix(name)}
+    try:
+        made = _make(model, Config(**options), None)
+    except UnsupportedModelError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise InvalidDataError(f"{folder} does not fit the model: {error}") from error
+    own = _tensors(model, made)
     shapes, expected = ({name: tuple(t.shape) for name, t in each.items()} for each in (tensors, own))
     if shapes != expected:
-        detach(model)
         name = sorted(set(shapes.items()) ^ set(expected.items()))[0][0]
         raise InvalidDataError(
             f"{folder} does not fit the model: {name} is {shapes.get(name)} there and {expected.get(name)} here."
         )
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
+    for name, tensor in own.items():
+        tensor.copy_(tensors[name])
+    add_adapter(model, adapter_name, made, freeze=freeze)
     return model
 
 
-def _of_prefix(name: str) -> bool:
-    return f".{KERNEL_PREFIX}." in f".{name}"
+def _tensors(model: Any, made: Mapping[nn.Module, KernelPrefix]) -> dict[str, Tensor]:
+    """The tensors of an adapter under the names that files have, sharing memory."""
+    names = {module: name for name, module in base_model(model).named_modules()}
+    return {
+        f"{names[module]}.{KERNEL_PREFIX}.{name}": tensor
+        for module, kernel in made.items()
+        for name, tensor in kernel.state_dict().items()
+    }
 
 
 def run(options: Options) -> dict[str, Any]:
