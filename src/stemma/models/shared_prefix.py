@@ -4,9 +4,13 @@ The encoder is the packed tree forward that scores and trains, with its keys and
 attends to exactly what training attends to.
 """
 
+import hashlib
 import inspect
+import json
+import os
 import weakref
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from stemma.cache.states import even_heads
-from stemma.errors import InvalidBatchError, UnsupportedModelError
+from stemma.errors import InvalidBatchError, InvalidDataError, UnsupportedModelError
 from stemma.models.adapter import LAYOUT_ARGUMENT, TreeCall, base_model, tree_call
+from stemma.models.fingerprint import active_adapters, fingerprint
 from stemma.models.forward import check_batch, check_calls, check_model, dynamic_rope_limit
 from stemma.models.streaming import Part, partition
 from stemma.prefix.layout import Layout
@@ -23,6 +28,8 @@ from stemma.prefix.radix import as_ids
 from stemma.prefix.tree import PrefixTree
 
 __all__ = ["SharedPrefix", "check_lengths", "encode_tree"]
+
+_FORMAT, _TENSORS, _ABOUT = 1, "prefix.safetensors", "prefix.json"
 
 Context = dict[nn.Module, tuple[Tensor, Tensor]]
 """Keys and values of a path, as attention saw them, by attention module."""
@@ -64,11 +71,15 @@ class SharedPrefix:
 
     def extend(self, ids: Any, *, max_tokens: int | None = None) -> "SharedPrefix":
         """A longer prefix; this one stays as it is, and its keys and values are not copied. As :meth:`from_ids`."""
+        return self._encode(self._alive(), self, ids, max_tokens)
+
+    def _alive(self) -> nn.Module:
+        """The model, as it was when the prefix was encoded."""
         model = self._model()
         if model is None:
             raise InvalidBatchError("the model of this prefix no longer exists; make a prefix from the present model.")
         self.check(model)
-        return self._encode(model, self, ids, max_tokens)
+        return model
 
     @classmethod
     def _encode(cls, model: Any, above: "SharedPrefix | None", ids: Any, max_tokens: int | None) -> "SharedPrefix":
@@ -87,7 +98,7 @@ class SharedPrefix:
                 module: (_join(context, module, 0, pair[0]), _join(context, module, 1, pair[1]))
                 for module, pair in added.items()
             }
-        own = {m: (key[:, :, before:].clone(), value[:, :, before:].clone()) for m, (key, value) in context.items()}
+        own = {m: (_copied(key[:, :, before:]), _copied(value[:, :, before:])) for m, (key, value) in context.items()}
         return cls(model, above, new, own)
 
     @property
@@ -108,14 +119,97 @@ class SharedPrefix:
 
     def context(self) -> Context:
         """Keys and values of the whole path in the head sizes of the model."""
-        path = self.path
+        steps = [step._added() for step in self.path]
         return {
             module: (
-                torch.cat([step.states[module].key[..., :key_dim] for step in path], dim=2),
-                torch.cat([step.states[module].value[..., :value_dim] for step in path], dim=2),
+                torch.cat([step[module][0] for step in steps], 2),
+                torch.cat([step[module][1] for step in steps], 2),
             )
+            for module in self.states
+        }
+
+    def _added(self) -> Context:
+        """Keys and values of the added tokens in the head sizes of the model."""
+        return {
+            module: (self.states[module].key[..., :key_dim], self.states[module].value[..., :value_dim])
             for module, (key_dim, value_dim) in self._sizes.items()
         }
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the whole path to `prefix.safetensors`, and what it belongs to into `prefix.json`.
+
+        Raises:
+            InvalidBatchError: the model is gone, or has changed since the prefix was encoded.
+        """
+        from safetensors.torch import save_file
+
+        model = self._alive()
+        names = {module: name for name, module in model.named_modules()}
+        tensors: dict[str, Tensor] = {}
+        for number, step in enumerate(self.path):
+            tensors[f"{number}.ids"] = torch.from_numpy(step.ids[-step.added :].copy())
+            for module, (key, value) in step._added().items():
+                tensors[f"{number}.{names[module]}.key"] = key.contiguous()
+                tensors[f"{number}.{names[module]}.value"] = value.contiguous()
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        file, about = folder / _TENSORS, folder / _ABOUT
+        temporary = file.with_name(f".{file.name}.tmp"), about.with_name(f".{about.name}.tmp")
+        save_file(tensors, temporary[0])
+        described = {
+            "format": _FORMAT,
+            "tokens": [step.added for step in self.path],
+            "modules": [names[module] for module in self.states],
+            "model": fingerprint(model),
+            "sha256": _sha256(temporary[0]),
+        }
+        temporary[1].write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary[0], file)  # between the two the digest does not fit, and neither is read
+        os.replace(temporary[1], about)
+
+    @classmethod
+    def from_pretrained(cls, model: Any, folder: str | os.PathLike[str]) -> "SharedPrefix":
+        """The prefix that :meth:`save_pretrained` wrote, on the device of the model.
+
+        Args:
+            model: an enabled model with the weights, precision and active adapters of the one that encoded it.
+            folder: where it is.
+
+        Raises:
+            InvalidDataError: the files are missing or damaged, or were written by another model; says what differs.
+            UnsupportedModelError: the model is not enabled, or a dropout is active.
+        """
+        from safetensors.torch import load_file
+
+        check_model(model)
+        inner, folder = base_model(model), Path(folder)
+        try:
+            about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
+            if about["format"] != _FORMAT or about["sha256"] != _sha256(folder / _TENSORS):
+                raise ValueError(f"{_TENSORS} is cut off, damaged, or does not belong to {_ABOUT}")
+            written, own = about["model"], fingerprint(model)
+            differing = ", ".join(
+                f"{key} ({written.get(key)}, here {own[key]})" for key in own if written[key] != own[key]
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InvalidDataError(
+                f"{folder} holds no prefix that can be read ({error!r}); write it again with save_pretrained."
+            ) from error
+        if differing:
+            raise InvalidDataError(
+                f"{folder} holds a prefix of another model; it differs in {differing}. Load the model that encoded it, "
+                "or make the prefix again with SharedPrefix.from_ids(model, ids)."
+            )
+        tensors = load_file(folder / _TENSORS, device=str(inner.get_input_embeddings().weight.device))
+        prefix: SharedPrefix | None = None
+        for number in range(len(about["tokens"])):
+            context = {
+                inner.get_submodule(name): (tensors[f"{number}.{name}.key"], tensors[f"{number}.{name}.value"])
+                for name in about["modules"]
+            }
+            prefix = cls(model, prefix, tensors[f"{number}.ids"].cpu().numpy(), context)
+        assert prefix is not None
+        return prefix
 
     def check(self, model: nn.Module) -> None:
         """Refuse another model, and this one with other weights, precision or adapters.
@@ -134,20 +228,24 @@ class SharedPrefix:
             )
 
 
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _copied(states: Tensor) -> Tensor:
+    """A copy in the order in which files have it, so that a loaded prefix is read in the same steps."""
+    return states.clone(memory_format=torch.contiguous_format)
+
+
 def _join(context: Context, module: nn.Module, which: int, new: Tensor) -> Tensor:
     return torch.cat([context[module][which], new], dim=2) if module in context else new
 
 
 def _fingerprint(model: nn.Module) -> tuple[object, ...]:
     """What the keys and values of a prefix depend on besides its tokens; every write to a weight changes it."""
-    inner = base_model(model)
-    weights = hash(tuple((id(p), p._version, p.dtype, p.device) for p in inner.parameters()))
-    adapters = tuple(
-        (str(module.active_adapters), bool(module.disable_adapters), str(module.merged_adapters))
-        for module in inner.modules()
-        if hasattr(module, "merged_adapters")
-    )
-    return weights, adapters
+    weights = hash(tuple((id(p), p._version, p.dtype, p.device) for p in base_model(model).parameters()))
+    return weights, active_adapters(model)
 
 
 def check_lengths(model: nn.Module, longest: int) -> None:

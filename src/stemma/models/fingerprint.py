@@ -1,0 +1,66 @@
+"""What the keys and values of given tokens depend on, as digests: to refuse states that another model left."""
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import nn
+
+from stemma.models.adapter import base_model
+from stemma.models.layer_attention import KERNEL_PREFIX
+
+__all__ = ["active_adapters", "fingerprint"]
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+_PART = 1 << 24
+"""Numbers that are summed at a time, as sums of integers widen all of them first."""
+
+_NOT_COMPUTED_WITH = frozenset(
+    ("_name_or_path", "architectures", "dtype", "output_attentions", "output_hidden_states", "return_dict", "use_cache")
+) | {"transformers_version"}
+"""Entries of a config that no key depends on, or that weights tell."""
+
+
+def active_adapters(model: nn.Module) -> tuple[object, ...]:
+    """Which adapters of peft, and which learned prefixes, take part in a forward now."""
+    found: list[object] = []
+    for module in base_model(model).modules():
+        if hasattr(module, "merged_adapters"):
+            found.append((str(module.active_adapters), bool(module.disable_adapters), str(module.merged_adapters)))
+        prefix: Any = module._modules.get(KERNEL_PREFIX)
+        if prefix is not None:
+            found.append(prefix.active)
+    return tuple(found)
+
+
+@torch.no_grad()
+def fingerprint(model: nn.Module) -> dict[str, str]:
+    """Digests by which another process knows the model again.
+
+    Reads all weights once: of each tensor its name, shape, type, the sum of its bit patterns, which any changed number
+    changes, and up to 64 of its numbers in their places.
+
+    Returns:
+        `model_type`, `dtype`, and digests of `config`, `weights` and `adapters`.
+    """
+    inner = base_model(model)
+    config = {name: value for name, value in inner.config.to_dict().items() if name not in _NOT_COMPUTED_WITH}
+    weights = hashlib.sha256()
+    for name, tensor in inner.state_dict().items():
+        bits = tensor.reshape(-1).view(_BITS[tensor.element_size()])
+        some = bits[:: max(1, bits.numel() // 64)][:64].cpu()
+        total = sum(int(part.sum(dtype=torch.int64)) for part in bits.split(_PART))
+        weights.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {total} {some.tolist()}".encode())
+    return {
+        "model_type": str(inner.config.model_type),
+        "dtype": str(inner.dtype).removeprefix("torch."),
+        "config": _digest(json.dumps(config, sort_keys=True, default=str)),
+        "weights": weights.hexdigest()[:32],
+        "adapters": _digest(str(active_adapters(model))),
+    }
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
