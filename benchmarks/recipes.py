@@ -1,8 +1,9 @@
 """Rows and page of the reproductions: `python benchmarks/recipes.py tempo prefix-rft prefix-rl pppo`.
 
 Runs each of them as `stemma run` does (finished runs are not repeated), keeps its measurements in
-`results/<room>_<method>.jsonl` and its plot in `docs/figures/`, and makes docs/recipes.md from all rows. Without a
-method: only the page. `--check` writes nothing and exits with status 1 when the page is not what the rows say.
+`results/<room>_<method>.jsonl` and its plot in `docs/figures/`, and makes docs/recipes.md and docs/methods.md from all
+rows. Without a method: only the pages. `--check` writes nothing; its exit status is 1 when docs/recipes.md is not what
+the rows say.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from benchmarks import methods  # noqa: E402
 from benchmarks.recipe_notes import INTRODUCTION, NOTES  # noqa: E402
 from benchmarks.rows import RESULTS, Recorder, Row, load, write_atomically  # noqa: E402
 from benchmarks.tables import prose  # noqa: E402
+from stemma.cli.methods import ROOMS  # noqa: E402
 from stemma.cli.run import recipes  # noqa: E402
 from stemma.train.recipe import Options  # noqa: E402
-from stemma.train.recipe_report import tables  # noqa: E402
+from stemma.train.recipe_tables import tables  # noqa: E402
 
 PAGE, FIGURES = ROOT / "docs" / "recipes.md", ROOT / "docs" / "figures"
-ROOMS = {"rl": "Reinforcement learning", "pretrain": "Pre-training", "tune": "Fine-tuning", "serve": "Serving"}
-"""Headings of the page, in their order."""
 
 
 def room_of(method: str) -> str:
@@ -107,6 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
         module = import_module(recipes()[name][0])
         save(module.run(Options(output_dir=given.output_dir, cache_dir=given.cache_dir)), RESULTS, FIGURES)
     write_atomically(PAGE, page())
+    methods.main([])  # the other page that is made from these rows
 
 
 if __name__ == "__main__":

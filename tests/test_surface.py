@@ -56,6 +56,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         *("model", "prompts", "prefix", "output", "max_new_tokens", "num_return_sequences", "num_beams"),
         *("temperature", "top_p", "top_k", "stop_strings", "share", "max_tokens", "dtype", "device", "seed", "report"),
     ),
+    "methods": ("method",),
     "run": ("seeds", "output_dir", "cache_dir", "quick", "method"),
     "train": (
         *("max_steps", "num_generations", "max_completion_length", "temperature", "top_p", "top_k"),

@@ -1,0 +1,199 @@
+"""The methods: what each is for, its paper, what the paper claims and what was measured here.
+
+Without a method: all of them, in short. With one: every claim that was tested and every number. Nothing is claimed by
+hand: numbers come from the rows that `stemma run` left in benchmarks/results, which an installed wheel holds as
+stemma/_results, and a method without rows is "not measured here".
+"""
+
+import ast
+import difflib
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from stemma.errors import InvalidDataError
+from stemma.train.recipe_tables import tables, verdict
+
+__all__ = ["ROOMS", "Config", "Method", "Paper", "main", "measured", "methods", "outcome"]
+
+ROOMS = {
+    "rl": "Reinforcement learning",
+    "pretrain": "Pre-training",
+    "tune": "Fine-tuning",
+    "serve": "Serving",
+    "synth": "Synthetic data",
+    "compress": "Compression",
+    "retrieve": "Retrieval",
+    "probe": "Probes",
+}
+"""Folders of methods, in the order in which they are shown. A file in them without a leading underscore is a method."""
+
+_SOURCE = re.compile(r'Source: "([^"]+)", (\d{4}), arXiv (\d{4}\.\d{5})(?!\d)')
+_NO_RUN = re.compile(r"No `run`: (.+?\.)(?= [A-Z]|\n\n|$)", re.DOTALL)
+_VERDICTS = ("yes", "in the mean", "no", "–")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Flags of `stemma methods`."""
+
+    method: Annotated[str | None, tyro.conf.Positional] = None
+    """The method; none: all of them."""
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where a method is from."""
+
+    title: str
+    year: int
+    arxiv: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One method, as its file and its rows describe it."""
+
+    name: str
+    """As `stemma run` writes it, with dashes."""
+    room: str
+    purpose: str
+    """First line of the file's docstring."""
+    paper: Paper
+    reproduced: bool
+    """Whether `stemma run` knows it."""
+    unreproduced_because: str | None
+    """The reason that its docstring gives where there is no reproduction."""
+    rows: tuple[Mapping[str, Any], ...]
+    """Measurements of its reproduction, each with machine, versions, commit and date; empty: not measured here."""
+
+    @property
+    def claims(self) -> list[Mapping[str, Any]]:
+        """The rows that test a claim of the paper."""
+        return [row for row in self.rows if row["claim"]]
+
+
+def methods(results: Path | None = None) -> dict[str, Method]:
+    """All methods by name, found by their place and read without importing them.
+
+    Args:
+        results: folder of the rows; that of this installation when None.
+
+    Raises:
+        InvalidDataError: a method's docstring does not say its source as the others do, or the rows are missing.
+    """
+    (package,) = import_module("stemma").__path__
+    results = _results(Path(package)) if results is None else results
+    found = {}
+    for room in ROOMS:
+        for path in sorted((Path(package) / room).glob("[!_]*.py")):
+            method = _read(path, room, results)
+            found[method.name] = method
+    return found
+
+
+def outcome(method: Method) -> str:
+    """What became of the paper's claims, in a few words."""
+    if not method.rows:
+        reason = method.unreproduced_because
+        return f"no reproduction: {reason}" if reason else "not measured here"
+    counts = Counter(verdict(row) for row in method.claims)
+    found = ", ".join(f"{name} {counts[name]}" for name in _VERDICTS if counts[name])
+    return f"does what the paper claims hold? {found}" if found else "measured, but no claim was tested"
+
+
+def measured(method: Method) -> str:
+    """When, on what and with which commit; for a method with rows."""
+    first = method.rows[0]
+    commit = first["commit"][:7] + ("+" if first["dirty"] else "")
+    threads = "one thread" if first["threads"] == 1 else f"{first['threads']} threads"
+    return f"{first['date']}, {first['machine']['cpu']}, {threads}, commit {commit}"
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Print all methods, or one; the result holds every claim and row."""
+    known = methods()
+    if config.method is None:
+        for room, heading in ROOMS.items():
+            members = [method for method in known.values() if method.room == room]
+            if members:
+                print("\n\n".join([heading, *map(_short, members)]), end="\n\n")
+        return {"methods": {name: _plain(method) for name, method in known.items()}}
+    if config.method not in known:
+        near = difflib.get_close_matches(config.method.replace("_", "-"), known, n=1, cutoff=0.4)
+        hint = f" Did you mean `stemma methods {near[0]}`?" if near else ""
+        print(
+            f"stemma methods: no method '{config.method}'.{hint}\nRun `stemma methods` for the list.", file=sys.stderr
+        )
+        return {"error": f"unknown method '{config.method}'", "exit_status": 2}
+    method = known[config.method]
+    print(_short(method))
+    if method.reproduced:
+        print(f"  again: stemma run {method.name}")
+    if method.rows:
+        print("", *tables(method.rows, method.rows[0]["shapes"]), sep="\n\n")
+    return _plain(method)
+
+
+def _results(package: Path) -> Path:
+    for folder in (package / "_results", package.parents[1] / "benchmarks" / "results"):
+        if folder.is_dir():
+            return folder
+    raise InvalidDataError(
+        f"neither {package / '_results'} nor benchmarks/results of a checkout is there, so it is unknown what was "
+        "measured; install Stemma again"
+    )
+
+
+def _read(path: Path, room: str, results: Path) -> Method:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    docstring = ast.get_docstring(tree) or ""
+    name = path.stem.replace("_", "-")
+    source = _SOURCE.search(" ".join(docstring.split()))
+    if source is None:
+        raise InvalidDataError(
+            f"the docstring of {path} names no source; write a paragraph that begins with "
+            'Source: "Title", 2025, arXiv 2501.01234'
+        )
+    reason = _NO_RUN.search(docstring)
+    file = results / f"{room}_{name}.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    return Method(
+        name=name,
+        room=room,
+        purpose=docstring.partition("\n")[0],
+        paper=Paper(source[1], int(source[2]), source[3]),
+        reproduced=any(isinstance(node, ast.FunctionDef) and node.name == "run" for node in tree.body),
+        unreproduced_because=" ".join(reason[1].split()) if reason else None,
+        rows=tuple(json.loads(line) for line in lines),
+    )
+
+
+def _short(method: Method) -> str:
+    paper = method.paper
+    lines = [
+        f"  {method.name}",
+        f"    {method.purpose}",
+        f"    {paper.title}, {paper.year}, arXiv {paper.arxiv}",
+        f"    {outcome(method)}",
+    ]
+    if method.rows:
+        lines.append(f"    measured {measured(method)}")
+    return "\n".join(lines)
+
+
+def _plain(method: Method) -> dict[str, Any]:
+    """Plain data: what the rows have in common once, then the rows."""
+    common = ("recipe", "title", "shapes", "threads", "machine", "versions", "commit", "dirty", "date")
+    rows = [{key: value for key, value in row.items() if key not in common} for row in method.rows]
+    run = {key: method.rows[0][key] for key in common[1:]} if rows else None
+    verdicts = [{**row, "holds": verdict(row)} for row in rows if row["claim"]]
+    return {**asdict(method), "run": run, "claims": verdicts, "rows": rows}

@@ -1,0 +1,93 @@
+"""One contract over the files of all methods: docstring, source, options, reproduction, tests. Found by their place."""
+
+import ast
+import dataclasses
+import json
+import re
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from stemma.cli._flags import _helps
+from stemma.cli.methods import ROOMS, methods
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted(path for room in ROOMS for path in (ROOT / "src" / "stemma" / room).glob("[!_]*.py"))
+
+
+def parts(path: Path) -> tuple[str, dict[str, ast.stmt], list[str]]:
+    """The docstring, the top-level functions and classes, and `__all__`."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    defined = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    public = [
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+    ]
+    return ast.get_docstring(tree) or "", defined, public[0] if public else []
+
+
+each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+
+
+def test_there_are_methods_and_only_in_rooms_of_methods() -> None:
+    from test_layers import METHODS
+
+    assert set(ROOMS) == set(METHODS)
+    assert len(FILES) == len(methods()) >= 9  # names are unique over the rooms
+
+
+@each_file
+def test_the_docstring_says_what_for_and_from_where(path: Path) -> None:
+    docstring, _, public = parts(path)
+    summary, _, rest = docstring.partition("\n")
+    assert re.fullmatch(r"\S.{20,}\.", summary)
+    assert rest.startswith("\n")
+    paper = methods()[path.stem.replace("_", "-")].paper
+    assert 2 < len(paper.title.split()) < 25
+    assert int(paper.arxiv[:2]) == paper.year % 100  # an arXiv id begins with the year of the first version
+    assert "What we changed" in docstring or "Differences from" in docstring or "differs" in docstring
+    assert public
+
+
+@each_file
+def test_settings_are_one_frozen_and_explained_dataclass(path: Path) -> None:
+    docstring, _, public = parts(path)
+    assert ("Config" in public) != ("No `Config`: " in docstring)
+    if "Config" in public:
+        config = import_module(f"stemma.{path.parent.name}.{path.stem}").Config
+        parameters = config.__dataclass_params__
+        assert parameters.frozen
+        fields = dataclasses.fields(config)
+        assert all(field.kw_only for field in fields)
+        assert {field.name for field in fields} <= set(_helps(config))
+        assert "__post_init__" in vars(config) or "__post_init__" in vars(config.__mro__[1])
+
+
+@each_file
+def test_it_can_be_reproduced_or_says_why_not(path: Path) -> None:
+    docstring, defined, _ = parts(path)
+    method = methods()[path.stem.replace("_", "-")]
+    assert method.reproduced == ("run" in defined)
+    assert method.reproduced != bool(method.unreproduced_because)
+    assert ("No `run`: " in docstring) == bool(method.unreproduced_because)
+    if method.reproduced:
+        run = defined["run"]
+        assert isinstance(run, ast.FunctionDef)
+        assert [argument.arg for argument in run.args.args] == ["options"]
+
+
+@each_file
+def test_it_has_its_tests(path: Path) -> None:
+    assert (ROOT / "tests" / path.parent.name / f"test_{path.stem}.py").exists()
+
+
+def test_every_row_of_a_reproduction_belongs_to_a_method() -> None:
+    known = {f"{method.room}_{name}": method for name, method in methods().items()}
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*.jsonl")):
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if "recipe" in rows[0]:
+            assert known[path.stem].reproduced
+            assert {row["recipe"] for row in rows} == {known[path.stem].name}
+            assert len({(row["commit"], row["date"], row["dirty"]) for row in rows}) == 1  # of one run, as is said
