@@ -190,6 +190,16 @@ def test_attention_over_what_is_kept_is_that_over_all_with_the_rest_hidden(shape
             states.keep(columns, room, weigh=True)
 
 
+def test_padding_stays_hidden_from_tokens_that_come_one_by_one():
+    shape = {"seed": 3, "lengths": [5, 2], "key_heads": 1, "group": 1, "window": None, "softcap": None, "sinks": False}
+    query, key, value, position, rules = random_rows(shape, 1)
+    states = KeptStates(9, weigh=False)
+    states.attend(query[:, :, :5], key[:, :, :5], value[:, :, :5], position[:, :5], padded=True, **rules)
+    got = states.attend(query[:, :, 5:], key[:, :, 5:], value[:, :, 5:], position[:, 5:], **rules)
+    expected, _ = reference(query[1, :, 5:], key[1], value[1], position[1, 5:], position[1], **rules)
+    torch.testing.assert_close(got[1], expected.transpose(0, 1), rtol=0, atol=1e-12)
+
+
 def test_windows_bound_what_is_stored():
     states = KeptStates(4, weigh=False)
     x = torch.randn(1, 1, 100, 4, dtype=torch.float64)

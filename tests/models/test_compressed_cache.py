@@ -192,6 +192,7 @@ def test_layers_with_a_shorter_window_are_bounded_and_not_part_of_what_is_droppe
 def test_a_long_row_keeps_what_its_window_shows():
     model = cached("mistral, window 5")
     cache = CompressedCache.prefill(model, rows_of(0, [30]), room=3)
+    assert not cache._states[0].mass.any()  # nothing to choose, so nothing was weighed
     cache.keep([{}])
     assert cache.positions(0) == [[26, 27, 28, 29]]
     report = cache.report()
