@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stemma.errors import InvalidDataError
-from stemma.train.recipe import Options, Runs, area, fingerprint, mean_and_error, paired, tail_probability
-from stemma.train.recipe_report import Report, tables
+from stemma.train.recipe import Options, Runs, area, fingerprint, kept_folder, mean_and_error, paired, tail_probability
+from stemma.train.recipe_report import Report
+from stemma.train.recipe_tables import tables
 
 values = st.floats(-1, 1, allow_nan=False)
 
@@ -175,3 +176,40 @@ def test_verdicts_are_mechanical(value, error, verdict):
     report.record("a", "gain", value, error=error, claim="gains", expected="higher", baseline="b")
     (table,) = tables([vars(report.measurements[0])])
     assert f"| {verdict} |" in table
+
+
+def test_a_kept_folder_is_made_once_and_whole_or_not_at_all(tmp_path):
+    made = []
+
+    def make(folder):
+        made.append(folder)
+        folder.mkdir()
+        (folder / "weights").write_text("1")
+
+    target = tmp_path / "new" / "kept"
+    assert kept_folder(target, make) == kept_folder(target, make) == target
+    assert (target / "weights").read_text() == "1"
+    assert len(made) == 1
+    assert made[0] != target
+    assert list(target.parent.iterdir()) == [target]
+
+    def fails(folder):
+        make(folder)
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        kept_folder(tmp_path / "new" / "other", fails)
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_a_kept_folder_of_a_faster_process_stays(tmp_path):
+    target = tmp_path / "kept"
+
+    def slower(folder):
+        for each, text in ((folder, "slower"), (target, "faster")):
+            each.mkdir()
+            (each / "weights").write_text(text)
+
+    assert kept_folder(target, slower) == target
+    assert (target / "weights").read_text() == "faster"
+    assert list(tmp_path.iterdir()) == [target]
