@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from stemma.errors import InvalidBatchError, InvalidDataError, UnsupportedModelError
 from stemma.models.tiny import byte_tokenizer
@@ -226,6 +226,17 @@ def test_a_step_lowers_the_loss():
         optimizer.step()
         optimizer.zero_grad()
     assert losses[-1] < losses[0] / 2
+
+
+def test_the_trainer_of_transformers_trains_it(tmp_path):
+    m = model().float()
+    before = [p.clone() for p in m.parameters()]
+    collator = PrefixLMCollator(pad_token_id=0, mask_token_id=VOCAB - 1, prefix_length=4)
+    rows = [{"input_ids": tokens(n, seed=n).tolist(), "prefix_lengths": n // 2} for n in (5, 7, 9, 6)]
+    arguments = TrainingArguments(str(tmp_path), max_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True)
+    result = Trainer(m, arguments, train_dataset=rows, data_collator=collator).train()
+    assert 0 < result.training_loss < 20
+    assert all(not torch.equal(p, old) for p, old in zip(m.parameters(), before, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -199,10 +199,10 @@ def train(setting: Setting, method: str, feature_dim: int, task: Task, seed: int
     loss = torch.zeros(())
     for step in range(task.steps):
         drawn = task.draw(setting.batch, stream(seed, task.name, "train", step))
-        ids, labels, prefixes = zip(*(rows_for(method, examples) for examples in drawn), strict=True)
+        rows, answers, prefixes = zip(*(rows_for(method, examples) for examples in drawn), strict=True)
         lengths = torch.full((setting.batch,), prefixes[0])
-        logits = model(torch.cat(ids), prefix_lengths=lengths).logits
-        loss = F.cross_entropy(logits.flatten(0, 1), torch.cat(labels).flatten())
+        logits = model(torch.cat(rows), prefix_lengths=lengths).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), torch.cat(answers).flatten())
         loss.backward()
         apply_gradients(optimizer, rate, max_grad_norm=1.0, what=f"step {step}")
     model.eval()
@@ -352,6 +352,8 @@ class _Report(Report):
         for name, seconds in self.times["times"].items():
             axes[-1].loglog(self.times["lengths"], [1000 * s for s in seconds], marker="o", label=name)
         axes[-1].set(title="attention of one layer, one thread", xlabel="tokens of the prompt", ylabel="ms")
+        axes[-1].set_xticks(self.times["lengths"], map(str, self.times["lengths"]))
+        axes[-1].minorticks_off()
         for axis in axes:
             axis.grid(alpha=0.25)
             axis.legend(fontsize=8)

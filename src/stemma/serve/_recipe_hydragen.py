@@ -153,9 +153,12 @@ class _Report(Report):
             rates = [mean_and_error([run["rate"] for run in self.found[method, x]])[0] for x in known]
             sizes = [self.found[method, length][0]["bytes"] / 2**20 for length in known]
             for axis, values in zip(axes, (rates, sizes), strict=True):
-                axis.plot(known, values, marker="o", markersize=3, color=f"C{index}", label=method)
+                style = "--" if method == EXPANDED else "-"  # it holds as much as the dense one
+                axis.plot(known, values, style, marker="o", markersize=3, color=f"C{index}", label=method)
         for axis, label in zip(axes, ("tokens per CPU second", "MiB of keys and values"), strict=True):
             axis.set(xscale="log", yscale="log", xlabel="prefix tokens", ylabel=label)
+            axis.set_xticks(self.lengths, map(str, self.lengths))
+            axis.minorticks_off()
             axis.grid(alpha=0.25)
         axes[0].legend(fontsize=8)
         figure.suptitle(self.title, fontsize=10)
