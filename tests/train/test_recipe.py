@@ -178,6 +178,18 @@ def test_verdicts_are_mechanical(value, error, verdict):
     assert f"| {verdict} |" in table
 
 
+def test_methods_and_metrics_that_never_meet_have_tables_of_their_own():
+    report = Report("demo", "Demo", {})
+    for method, metric in [("a", "x"), ("b", "y"), ("a", "z"), ("c", "z"), ("b", "w")]:
+        report.record(method, metric, 1.0)
+    found = tables([vars(measurement) for measurement in report.measurements])
+    assert [table.splitlines()[0] for table in found] == ["| also measured | a | c | n |", "| also measured | b | n |"]
+    assert [len(table.splitlines()) for table in found] == [4, 4]
+    report.record("c", "y", 1.0)
+    (table,) = tables([vars(measurement) for measurement in report.measurements])
+    assert table.splitlines()[0] == "| also measured | a | c | b | n |"
+
+
 def test_a_kept_folder_is_made_once_and_whole_or_not_at_all(tmp_path):
     made = []
 

@@ -45,16 +45,24 @@ def tables(rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any] | None = 
         body = [[m, *(_cell(found.get((m, metric)), metric) for metric in COLUMNS)] for m in methods]
         parts.append(markdown_table(["method", *COLUMNS.values()], body))
     rest = [row for row in rows if row["metric"] not in COLUMNS and not row["claim"]]
-    if rest:
-        columns = list(dict.fromkeys(row["method"] for row in rest))
-        lines = dict.fromkeys(row["metric"] for row in rest)
+    for group in _connected(rest):
+        columns = list(dict.fromkeys(row["method"] for row in group))
         body = []
-        for metric in lines:
+        for metric in dict.fromkeys(row["metric"] for row in group):
             own = [found.get((method, metric)) for method in columns]
             count = max(row["repeats"] for row in own if row)
             body.append([metric, *("–" if row is None else _value(row) for row in own), str(count)])
         parts.append(markdown_table(["also measured", *columns, "n"], body))
     return parts
+
+
+def _connected(rows: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """Rows in groups that have no method and no metric in common, for a table each."""
+    groups: list[list[Mapping[str, Any]]] = []
+    for row in rows:
+        near = [g for g in groups if any(r["method"] == row["method"] or r["metric"] == row["metric"] for r in g)]
+        groups = [g for g in groups if g not in near] + [[*(r for g in near for r in g), row]]
+    return groups
 
 
 def claims_table(rows: Sequence[Mapping[str, Any]]) -> str:
