@@ -53,7 +53,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         "min_shared",
     ),
     "generate": (
-        *("model", "prompts", "prefix", "output", "max_new_tokens", "num_return_sequences", "num_beams"),
+        *("model", "prompts", "prefix", "save_prefix", "output", "max_new_tokens", "num_return_sequences", "num_beams"),
         *("temperature", "top_p", "top_k", "stop_strings", "share", "max_tokens", "dtype", "device", "seed", "report"),
     ),
     "methods": ("method",),

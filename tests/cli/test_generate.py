@@ -60,6 +60,14 @@ def test_a_prefix_goes_before_all_prompts_and_seeds_repeat(folder, tmp_path):
     whole = [{"prompt": "what all begin with. A"}, {"prompt": "what all begin with. B"}]
     rest = [{"prompt": "A"}, {"prompt": "B"}]
     assert run("prefix", rest, "--prefix", str(prefix)) == run("whole", whole)
+    encoded = str(tmp_path / "encoded")
+    run("saved", rest, "--prefix", str(prefix), "--save-prefix", encoded)
+    prefix.unlink()
+    as_ids = [{"prompt_ids": list(record["prompt"].encode())} for record in rest]
+    assert run("loaded", as_ids, "--prefix", encoded) == run("whole", whole)
+    messages = write(tmp_path / "messages.jsonl", {"messages": [{"role": "user", "content": "A"}]})
+    assert main(["generate", str(folder), "--prompts", str(messages), "--prefix", encoded]) == 1
+    assert main(["generate", str(folder), "--prompts", str(messages), "--save-prefix", encoded]) == 2
     sampled = ["--temperature", "1", "--num-return-sequences", "3"]
     first = run("first", whole, *sampled, "--seed", "1")
     assert len(first) == 6

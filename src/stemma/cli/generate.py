@@ -28,7 +28,10 @@ class Config:
     prompts: Path
     """JSONL file of prompts."""
     prefix: Path | None = None
-    """Text file that all prompts begin with; it is encoded once, before them. Not with messages."""
+    """Text file that all prompts begin with, encoded once, before them; or the folder of an encoded one. Not with
+    messages."""
+    save_prefix: Path | None = None
+    """Folder for the encoded --prefix, which this model then reads instead of encoding it again."""
     output: Path | None = None
     """JSONL file of the generations; standard output when not given."""
     max_new_tokens: int = 256
@@ -63,6 +66,8 @@ class Config:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")
+        if self.save_prefix is not None and self.prefix is None:
+            raise ValueError("--save-prefix keeps the encoded --prefix; give one.")
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"--temperature must be 0 or a positive number, got {self.temperature}.")
         if not 0 < self.top_p <= 1:
@@ -93,8 +98,10 @@ def main(config: Config) -> dict[str, Any]:
     from stemma.serve.hydragen import Config as Sharing
 
     prompts = read_prompts(config.prompts)
-    prefix_text = None
-    if config.prefix is not None:
+    prefix_text, encoded = None, config.prefix is not None and config.prefix.is_dir()
+    if encoded and any(isinstance(prompt[0], Mapping) for prompt in prompts):
+        raise InvalidDataError("--prefix stands in front of texts or token ids; give prompts without messages with it.")
+    if config.prefix is not None and not encoded:
         try:
             prefix_text = config.prefix.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -104,10 +111,16 @@ def main(config: Config) -> dict[str, Any]:
     model = load_model(config.model, dtype=config.dtype, device=config.device)
     tokenizer = _tokenizer(config.model, needed=any(not _is_ids(prompt) for prompt in prompts))
     handle = None
-    if prefix_text is not None:
+    if config.prefix is not None:
         stemma.enable(model)
-        assert tokenizer is not None
-        handle = stemma.SharedPrefix.from_ids(model, tokenizer(prefix_text)["input_ids"], max_tokens=config.max_tokens)
+        if encoded:
+            handle = stemma.SharedPrefix.from_pretrained(model, config.prefix)
+        else:
+            assert tokenizer is not None
+            ids = tokenizer(prefix_text)["input_ids"]
+            handle = stemma.SharedPrefix.from_ids(model, ids, max_tokens=config.max_tokens)
+        if config.save_prefix is not None:
+            handle.save_pretrained(config.save_prefix)
     torch.manual_seed(config.seed)
     sampling: dict[str, Any] = {"do_sample": config.temperature > 0}
     if config.temperature > 0:
