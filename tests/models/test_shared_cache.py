@@ -203,7 +203,7 @@ def test_masks_and_rows_that_do_not_fit_are_refused():
         step(model, cache(), ids, mask[:, 1:])
     with pytest.raises(stemma.InvalidBatchError, match="hides other tokens"):
         step(model, cache(), ids, torch.ones_like(mask))
-    with pytest.raises(stemma.InvalidBatchError, match="must be"):
+    with pytest.raises(stemma.InvalidBatchError, match="made for 2 rows, and 1 were given"):
         step(model, cache(), ids[:1], mask[:1])
     with pytest.raises(stemma.InvalidBatchError, match="no rows"):
         SharedPrefixCache.of(model, [])
@@ -229,7 +229,7 @@ def test_a_layer_that_attends_elsewhere_is_refused_by_name():
     model = decoder()
     cache = SharedPrefixCache.of(model, [[5, 6, 7]])
     options = {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool), "position_ids": torch.tensor([[2]])}
-    with pytest.raises(stemma.UnsupportedModelError, match="layer 0 of LlamaForCausalLM put its keys"), torch.no_grad():
+    with pytest.raises(stemma.UnsupportedModelError, match="layer 0 of LlamaForCausalLM .* put its"), torch.no_grad():
         model(torch.tensor([[7]]), past_key_values=cache, use_cache=True, **options)
 
 

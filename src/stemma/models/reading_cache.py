@@ -66,14 +66,27 @@ class RowsCache(Cache):
         inner = base_model(model)
         config = inner.config.get_text_config()
         super().__init__(layers=[_Layer(self, number, seen) for number in range(int(config.num_hidden_layers))])
-        self.lengths = lengths
-        """``(rows,)`` prompt tokens of each row."""
         self.prompt_length = int(lengths.max(initial=0))
         """Columns of the prompt."""
+        self.lengths = lengths
         self.unread: int | None = None
         """Layer that has put its keys here and not yet attended."""
         self.label = f"{type(inner).__name__} (model type '{config.model_type}')"
         self._loss = loss
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """``(rows,)`` prompt tokens of each row."""
+        return self._lengths
+
+    @lengths.setter
+    def lengths(self, lengths: np.ndarray) -> None:
+        self._lengths = lengths
+        # Every step asks for these; numpy, which nothing else in a step uses, would cost more than a kernel call.
+        pads = self.pads
+        longest = int(pads.argmin()) if pads.size else 0
+        self._longest = longest, int(pads[longest]) if pads.size else 0
+        self._padded = bool(pads.any())
 
     @property
     def batch_size(self) -> int:
@@ -100,14 +113,13 @@ class RowsCache(Cache):
     def check_mask(self, attention_mask: Tensor | None, new_tokens: int) -> tuple[int, int]:
         """Refuse a mask that hides anything but the padding left of each row; see
         :class:`stemma.models.masks.ReadingCache`."""
-        pads = self.pads
         if attention_mask is None:
-            if pads.any():
+            if self._padded:
                 raise InvalidBatchError(
                     "the rows of this cache have different lengths, so the model needs the attention mask of the whole "
                     "rows, padded on the left, to tell their positions."
                 )
-            return 0, 0
+            return self._longest
         expected = (self.batch_size, self.get_seq_length() + new_tokens)
         if attention_mask.shape[0] != self.batch_size:
             raise self._other_rows(attention_mask.shape[0])
@@ -117,17 +129,16 @@ class RowsCache(Cache):
                 f"and each new one, got {tuple(attention_mask.shape)}. Give whole rows, padded on the left."
             )
         if self.new_columns > 0:  # checked in full at first; later only the columns that came in since
-            fits = bool(attention_mask[:, -new_tokens:].all())
+            fits = all(map(all, attention_mask[:, -new_tokens:].tolist()))
         else:
             column = torch.arange(expected[1], device=attention_mask.device)
-            wanted = column >= torch.from_numpy(pads).to(attention_mask.device)[:, None]
+            wanted = column >= torch.from_numpy(self.pads).to(attention_mask.device)[:, None]
             fits = torch.equal(attention_mask.bool(), wanted)
         if not fits:
             raise InvalidBatchError(
                 "the attention mask hides other tokens than the padding on the left that the rows of this cache have."
             )
-        longest = int(np.argmin(pads))
-        return longest, int(pads[longest])
+        return self._longest
 
     def _other_rows(self, rows: int) -> InvalidBatchError:
         return InvalidBatchError(

@@ -3,10 +3,8 @@
 The cache holds all tokens of every row but the last one, which is the first to be fed: a model must be given something
 to predict from. Rows are taken to be padded on the left, as `generate` has them, and told by the attention mask.
 
-How a layer finds it: the layer updates the cache with its new keys and values, which only notes the visit and hands
-them back, and then attends. The mask it attends with is a marker that leads to this cache
-(:mod:`stemma.models.masks`), and the answer comes from :class:`stemma.cache.states.PrefixStates`. A layer that updates
-but does not attend through the marker would silently ignore its prefix; it is refused by name.
+How a layer finds it says :mod:`stemma.models.reading_cache`; the answer comes from
+:class:`stemma.cache.states.PrefixStates`.
 """
 
 from collections.abc import Sequence
@@ -16,14 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin
 
 from stemma.cache.plan import CALL_BYTES, PrefixNodes, SharingPlan, plan_sharing
 from stemma.cache.states import PrefixStates, even_heads
 from stemma.errors import InvalidBatchError, UnsupportedModelError
-from stemma.models.adapter import base_model
 from stemma.models.forward import check_batch, check_model
-from stemma.models.masks import mask_is_for
+from stemma.models.reading_cache import RowsCache
 from stemma.models.shared_prefix import SharedPrefix, check_lengths, encode_tree
 from stemma.prefix.radix import as_ids
 from stemma.prefix.tree import PrefixTree
@@ -72,40 +68,7 @@ class SharingReport:
         )
 
 
-class _Layer(CacheLayerMixin):
-    """What a layer of the model sees of the cache: lengths."""
-
-    is_sliding = False
-    is_croppable = True
-    supports_early_init = False
-
-    def __init__(self, cache: "SharedPrefixCache", number: int) -> None:
-        super().__init__()
-        self.cache, self.number, self.seen = cache, number, 0
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        pass
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.cache._visit(self.number)
-        if key_states.shape[0] != self.cache.states.num_rows:
-            raise InvalidBatchError(
-                f"the cache was made for {self.cache.states.num_rows} rows, and {key_states.shape[0]} were given."
-            )
-        self.seen += key_states.shape[2]
-        return key_states, value_states
-
-    def get_seq_length(self) -> int:
-        return self.cache.prefix_length + self.seen
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-
-class SharedPrefixCache(Cache):
+class SharedPrefixCache(RowsCache):
     """Keys and values of many rows, those of shared prefixes once.
 
     Made by :meth:`of`. Hand it to ``model.generate(input_ids, attention_mask=..., past_key_values=cache)`` with the
@@ -118,16 +81,11 @@ class SharedPrefixCache(Cache):
     """
 
     def __init__(self, model: nn.Module, states: PrefixStates, plan: SharingPlan) -> None:
-        layers = int(base_model(model).config.get_text_config().num_hidden_layers)
-        super().__init__(layers=[_Layer(self, number) for number in range(layers)])
+        loss = "so it would ignore the shared prefix. Generate without shared prefixes"
+        super().__init__(model, states.tokens, int(states.tokens.max(initial=0)), loss)
         self.states, self.plan = states, plan
         self.prefilled_tokens = 0
         """Tokens that were encoded to make it."""
-        self.prefix_length = int(states.tokens.max(initial=0))
-        """Cached prefix tokens of the longest row."""
-        self._count()
-        self._label = type(base_model(model)).__name__
-        self._unread: int | None = None
 
     @classmethod
     def of(
@@ -212,60 +170,6 @@ class SharedPrefixCache(Cache):
             dense_bytes=int(states.tokens.sum()) * states.token_bytes,
         )
 
-    # ------------------------------------------------------------------ what a forward asks
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Columns of a mask, and their offset; the next mask function will know that this cache was asked."""
-        self.check_read()
-        length, offset = super().get_mask_sizes(query_length, layer_idx)
-        mask_is_for(self, length, query_length)
-        return length, offset
-
-    def check_mask(self, attention_mask: Tensor | None, new_tokens: int) -> tuple[int, int]:
-        """Refuse a mask that hides anything but the padding left of each row; see
-        :class:`stemma.models.masks.ReadingCache`."""
-        seen = self.layers[0].get_seq_length() - self.prefix_length
-        if attention_mask is None:
-            if self._padded:
-                raise InvalidBatchError(
-                    "the rows of this cache have different lengths, so the model needs the attention mask of the whole "
-                    "rows, padded on the left, to tell their positions."
-                )
-            return self._longest
-        expected = (self.states.num_rows, self.prefix_length + seen + new_tokens)
-        if attention_mask.shape != expected:
-            raise InvalidBatchError(
-                f"the attention mask must be {expected}, one column for each token so far (the cached ones included) "
-                f"and each new one, got {tuple(attention_mask.shape)}. Give whole rows, padded on the left."
-            )
-        if seen:  # checked in full at first; later only the columns that came in since
-            fits = all(map(all, attention_mask[:, -new_tokens:].tolist()))
-        else:
-            pads = torch.from_numpy(self.prefix_length - self.states.tokens).to(attention_mask.device)
-            column = torch.arange(expected[1], device=attention_mask.device)
-            fits = torch.equal(attention_mask.bool(), column >= pads[:, None])
-        if not fits:
-            raise InvalidBatchError(
-                "the attention mask hides other tokens than the padding on the left that the rows of this cache have."
-            )
-        return self._longest
-
-    def _visit(self, layer: int) -> None:
-        self.check_read()
-        self._unread = layer
-
-    def check_read(self) -> None:
-        """Refuse a model of which a layer took the cache's keys elsewhere than to our attention.
-
-        Raises:
-            UnsupportedModelError: names the layer.
-        """
-        if self._unread is not None:
-            raise UnsupportedModelError(
-                f"layer {self._unread} of {self._label} put its keys into the cache but did not attend through it, so "
-                "it would ignore the shared prefix. Generate without shared prefixes."
-            )
-
     def attend(
         self,
         module: nn.Module,
@@ -287,7 +191,7 @@ class SharedPrefixCache(Cache):
                     "stemma.score."
                 )
             sinks = None if sinks is None else sinks.detach()
-        self._unread = None
+        self.unread = None
         return self.states.attend(
             module, query, key, value, scale=scale, window=window, softcap=softcap, sinks=sinks, answer=answer
         )
@@ -296,23 +200,8 @@ class SharedPrefixCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let row ``i`` be what row ``beam_idx[i]`` was."""
-        self.batch_select_indices(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows."""
-        self.states.select(indices)
-        self._count()
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row, the copies side by side."""
-        self.batch_select_indices(torch.arange(self.states.num_rows).repeat_interleave(repeats))
-
-    def _count(self) -> None:
-        """What masks of these rows have: kept, as they are asked for in every step."""
-        pads = self.prefix_length - self.states.tokens
-        row = int(pads.argmin()) if pads.size else 0
-        self._longest = row, int(pads[row]) if pads.size else 0
-        self._padded = bool(pads.any())
+        self.states.select(beam_idx)
+        self.lengths = self.states.tokens
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` new tokens; prefixes cannot be cropped.
@@ -320,7 +209,7 @@ class SharedPrefixCache(Cache):
         Raises:
             ValueError: a positive number, or more than there are new tokens.
         """
-        seen = self.layers[0].get_seq_length() - self.prefix_length
+        seen = self.new_columns
         if not -seen <= tokens_to_remove <= 0:
             raise ValueError(
                 f"crop takes the negative number of new tokens to remove, of which there are {seen}; got "
@@ -334,12 +223,7 @@ class SharedPrefixCache(Cache):
         """Forget all new tokens; prefixes and rows stay."""
         self.states.reset()
         for layer in self.layers:
-            layer.seen = 0
-
-    @property
-    def batch_size(self) -> int:
-        """Rows of the batch."""
-        return self.states.num_rows
+            layer.seen = self.prompt_length
 
 
 def _nodes(tree: PrefixTree | None, path_of: np.ndarray, handles: list[int]) -> tuple[PrefixNodes, np.ndarray]:
