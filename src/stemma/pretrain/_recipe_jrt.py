@@ -84,7 +84,7 @@ class Recall:
     """Keys and their values, then some of the keys: say their values."""
 
     name: str = "multi-query recall"
-    steps: int = 600
+    steps: int = 400
     pairs: int = 8
     queries: int = 4
     words: int = 12
