@@ -17,7 +17,7 @@ from stemma.cache.compressed import priority, retained_mass
 from stemma.models.compressed_cache import CompressedCache
 from stemma.models.tiny import tiny_model
 from stemma.serve._prefix_kv_budget import proportional, pyramid, reference_waterline, total_tokens, waterline
-from stemma.serve.prefix_kv import Config, Profile, calibrate, compress
+from stemma.serve.prefix_kv import Config, Profile, _importance, calibrate, compress, drop
 
 transformers.logging.set_verbosity_error()
 
@@ -200,6 +200,32 @@ def test_kept_tokens_are_the_most_attended_and_sizes_those_of_the_waterline():
     assert min(retained) > min(layer.retained_mass for layer in uniform.layers)
     assert report.kept_bytes == uniform.kept_bytes
     assert compress(model, [row], Config(keep=0.3, **CONFIGS["random"])).report().layers[0].retained_mass is None
+
+
+def test_scores_are_what_they_say():
+    mass = np.array([4.0, 2.0, 2.0, 1.0, 0.0, 0.5, 0.5])
+    assert np.array_equal(_importance(mass, 0, Config()), mass)
+    normalized = _importance(mass, 0, Config(score="normalized"))
+    np.testing.assert_allclose(normalized, [mass[j] / (7 - j) for j in range(7)])
+    votes = _importance(mass, 0, Config(score="window"))
+    np.testing.assert_allclose(votes, [mass[max(0, j - 2) : j + 3].sum() / 5 for j in range(7)])
+    recent = _importance(mass, 0, Config(score="recent", allocation="uniform"))
+    assert (np.diff(recent) > 0).all()
+    drawn = [
+        _importance(mass, n, Config(score="random", allocation="uniform", seed=s)) for n, s in ((0, 0), (1, 0), (0, 1))
+    ]
+    assert len({tuple(each) for each in drawn}) == 3
+
+
+def test_a_cache_filled_for_another_score_is_refused():
+    model, rows = deep(), rows_of(1, [40])
+    cache = CompressedCache.prefill(model, rows, votes=6)
+    with pytest.raises(stemma.InvalidBatchError, match="needs a cache filled with votes=None, not 6"):
+        drop(cache, Config())
+    config = Config(score="window", window=6, keep=0.3)
+    drop(cache, config)
+    again = compress(model, rows, config)
+    assert [cache.positions(n) for n in range(4)] == [again.positions(n) for n in range(4)]
 
 
 def test_larger_shares_keep_a_superset_of_tokens_and_a_tiny_one_the_protected():

@@ -70,7 +70,9 @@ class CompressedCache(RowsCache):
                 )
         self.windows: dict[int, int | None] = {}
         """Sliding window of each layer, where it is shorter than the longest row of the prompt."""
-        self._votes, self._room = votes, room
+        self.votes = votes
+        """Whose attention is summed, see the class."""
+        self._room = room
         self._states: dict[int, KeptStates] = {}
         self._kept = False
         self._retained: dict[int, float] = {}
@@ -262,8 +264,8 @@ class CompressedCache(RowsCache):
         number, self.unread = self.unread, None
         if number is None:
             raise UnsupportedModelError(
-                f"{place(module)} of {self.label} attends to keys of another layer, which cannot be dropped for the one "
-                "and kept for the other. Generate without compression."
+                f"{place(module)} of {self.label} attends to keys of another layer, which cannot be dropped for the "
+                "one and kept for the other. Generate without compression."
             )
         new, pads = query.shape[2], self.pads
         begin = self.layers[number].get_seq_length() - new
@@ -272,7 +274,7 @@ class CompressedCache(RowsCache):
         column = torch.arange(begin, begin + new, dtype=torch.int32)
         position = (column - torch.from_numpy(pads)[:, None]).to(query.device, torch.int32)
         if number not in self._states:
-            self._states[number] = KeptStates(self.prompt_length, weigh=self._votes != 0)
+            self._states[number] = KeptStates(self.prompt_length, weigh=self.votes != 0)
         states = self._states[number]
         output = states.attend(
             query,
@@ -296,9 +298,9 @@ class CompressedCache(RowsCache):
         """How much each new query counts: those of the prompt as they vote, new ones all."""
         if not states.weigh or (self._kept and self._budget is None) or self.bounded(number).all():
             return None
-        if self._kept or self._votes is None:
+        if self._kept or self.votes is None:
             return (position >= 0).float()
-        last = torch.from_numpy(self.lengths - self._votes).to(position.device)[:, None]
+        last = torch.from_numpy(self.lengths - self.votes).to(position.device)[:, None]
         return ((position >= 0) & (position >= last)).float()
 
     def _drop(self, number: int, states: KeptStates, budget: DecodeBudget) -> None:

@@ -9,6 +9,7 @@ text behind it, which no method has seen when it chooses. All methods keep equal
 import os
 import time
 from collections.abc import Sequence
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from stemma.cache.compressed import attention_mass, priority, retained_mass
 from stemma.models.adapter import enable
 from stemma.models.compressed_cache import CompressedCache
 from stemma.serve._prefix_kv_budget import proportional, pyramid, total_tokens, waterline
-from stemma.serve.prefix_kv import Config, Profile, calibrate, compress
+from stemma.serve.prefix_kv import Config, Profile, calibrate, drop, votes_of
 from stemma.train.base_model import BaseModel, python_base
 from stemma.train.recipe import Options, Runs, mean_and_error, paired
 from stemma.train.recipe_report import Report
@@ -53,7 +54,7 @@ def reproduce(options: Options) -> dict[str, Any]:
     quick, base = options.quick, python_base(options)
     enable(base.model, self_test=False)
     seeds = options.seeds or (1 if quick else 6)
-    prompt, behind, rows = (384, 32, 1) if quick else (1024, 128, 4)
+    prompt, behind, rows = (384, 32, 1) if quick else (1024, 128, 12)
     about = {
         "planted layers": f"8 of 4 heads of 32, temperatures {TEMPERATURES[0]} to {TEMPERATURES[1]}, 512 tokens",
         "model": f"byte-level Llama of {base.parameters:,} parameters trained on library sources",
@@ -62,14 +63,12 @@ def reproduce(options: Options) -> dict[str, Any]:
     }
     report = _Report("prefix-kv", "PrefixKV: each layer keeps as many keys as its attention spreads over", about)
     runs = Runs(options.output_dir / "runs" / "prefix-kv")
-    known = {"model": base.folder.name, "prompt": prompt, "behind": behind, "rows": rows}
     profile = _profile(base, prompt, rows)
     for seed in range(seeds):
         report.planted.append(runs("planted", seed, {"temperatures": TEMPERATURES}, partial(_planted, seed)))
         text = base.rows("test", rows * (seed + 1), prompt + behind)[rows * seed :]
-        for method, setting in METHODS.items():
-            work = partial(_quality, base, text, prompt, method, profile)
-            report.quality.setdefault(method, []).append(runs(method, seed, {**known, **setting}, work))
+        known = {"model": base.folder.name, "prompt": prompt, "behind": behind, "rows": rows, "methods": METHODS}
+        report.quality.append(runs("quality", seed, known, partial(_quality, base, text, prompt, profile)))
     length, copies, new = (384, 2, 2) if quick else (3968, 16, 12)
     for seed in range(1 if quick else 3):
         work = partial(_speed, base, length, copies, new, seed)
@@ -133,48 +132,55 @@ def _output_error(scores: Tensor, value: Tensor, whole: Tensor, kept: np.ndarray
 
 def _profile(base: BaseModel, prompt: int, samples: int) -> Profile:
     """Sizes of layers from validation text; the paper takes about ten samples."""
-    return calibrate(base.model, base.rows("validation", 2 * samples, prompt).tolist(), KEPT)
+    return calibrate(base.model, base.rows("validation", samples, prompt).tolist(), KEPT)
 
 
 @torch.no_grad()
-def _quality(base: BaseModel, text: Tensor, prompt: int, method: str, profile: Profile) -> dict[str, Any]:
-    """Nats per byte lost against the whole cache, and divergence from it, by share kept."""
-    model, curve, sizes = base.model, [], {}
-    for keep in (1.0, *KEPT):
-        if keep == 1.0 and method == PROFILE:
-            continue
-        config, lost, divergence = Config(keep=keep, **METHODS[method]), [], []
-        for row in text:
-            whole = model(row[None]).logits[0, prompt:-1].log_softmax(-1)
-            cache = compress(model, [row[:prompt]], config, profile=profile if method == PROFILE else None)
-            sizes[str(keep)] = cache.report().kept_bytes
-            part = model(row[None, prompt:], past_key_values=cache, use_cache=True).logits[0, :-1].log_softmax(-1)
-            target = row[prompt + 1 :, None]
-            lost.append(float((whole.gather(1, target) - part.gather(1, target)).mean()))
-            divergence.append(float((whole.exp() * (whole - part)).sum(-1).mean()))
-        curve.append({"kept": keep, "lost": float(np.mean(lost)), "divergence": float(np.mean(divergence))})
-    return {"curve": curve, "bytes": sizes}
+def _quality(base: BaseModel, text: Tensor, prompt: int, profile: Profile) -> dict[str, Any]:
+    """For each method nats per byte lost against the whole cache, divergence from it, and bytes, by share kept."""
+    model, found = base.model, {name: _points(name) for name in METHODS}
+    for row in text:
+        whole = model(row[None]).logits[0, prompt:-1].log_softmax(-1)
+        target, read = row[prompt + 1 :, None], {}
+        for method, points in found.items():
+            for point in points:
+                config = Config(keep=point["kept"], **METHODS[method])
+                votes = votes_of(config)
+                if votes not in read:
+                    read[votes] = CompressedCache.prefill(model, [row[:prompt]], votes=votes)
+                cache = deepcopy(read[votes])
+                drop(cache, config, profile if method == PROFILE else None)
+                point["bytes"] = cache.report().kept_bytes
+                part = model(row[None, prompt:], past_key_values=cache, use_cache=True).logits[0, :-1].log_softmax(-1)
+                lost = (whole.gather(1, target) - part.gather(1, target)).mean()
+                point["lost"] += float(lost) / len(text)
+                point["divergence"] += float((whole.exp() * (whole - part)).sum(-1).mean()) / len(text)
+    return {"found": found}
+
+
+def _points(method: str) -> list[dict[str, float]]:
+    shares = KEPT if method == PROFILE else (1.0, *KEPT)
+    return [{"kept": keep, "bytes": 0, "lost": 0.0, "divergence": 0.0} for keep in shares]
 
 
 @torch.no_grad()
 def _speed(base: BaseModel, length: int, copies: int, new: int, seed: int) -> dict[str, Any]:
-    """CPU time of a step, and bytes held, with so many rows that went on from one prompt."""
+    """CPU time of a step, and bytes held, with so many rows that go on from one prompt."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     model = base.model
     (row,) = base.rows("test", seed + 1, length)[seed:].tolist()
+    caches: dict[str, Any] = {"default": DynamicCache(config=model.config)}
+    model(torch.tensor([row]), past_key_values=caches["default"], logits_to_keep=1)
+    read = CompressedCache.prefill(model, [row], room=new)
     found: dict[str, Any] = {}
-    for keep in (None, 1.0, *KEPT):
-        if keep is None:
-            cache: Any = DynamicCache(config=model.config)
-            model(torch.tensor([row]), past_key_values=cache, logits_to_keep=1)
-        else:
-            cache = compress(model, [row], Config(keep=keep), room=new)
+    for name in ("default", "1.0", *map(str, KEPT)):
+        cache = caches.pop(name, None) or deepcopy(read)
+        if isinstance(cache, CompressedCache):
+            drop(cache, Config(keep=float(name)))
         cache.batch_repeat_interleave(copies)
-        fed = torch.full((copies, 1), 32)
-        model(fed, past_key_values=cache, use_cache=True)
-        times = []
-        for _ in range(new - 1):
+        fed, times = torch.full((copies, 1), 32), []
+        for _ in range(new):
             begin = time.thread_time()
             model(fed, past_key_values=cache, use_cache=True)
             times.append(time.thread_time() - begin)
@@ -182,7 +188,7 @@ def _speed(base: BaseModel, length: int, copies: int, new: int, seed: int) -> di
             held = cache.report().kept_bytes
         else:
             held = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
-        found[str(keep)] = [float(np.median(times)), held]
+        found[name] = [float(np.median(times[1:])), held]
     torch.set_num_threads(threads)
     return {"found": found}
 
@@ -198,7 +204,7 @@ class _Report(Report):
     def __init__(self, name: str, title: str, about: dict[str, Any]) -> None:
         super().__init__(name, title, about)
         self.planted: list[dict[str, Any]] = []
-        self.quality: dict[str, list[dict[str, Any]]] = {}
+        self.quality: list[dict[str, Any]] = []
         self.speed: list[dict[str, Any]] = []
 
     def summarise(self, length: int, copies: int) -> None:
@@ -213,14 +219,13 @@ class _Report(Report):
                     name, words_of = method, f"{words}, kept {keep:.0%}"
                     self.record(name, words_of, mean, error=error, repeats=len(self.planted))
         for metric, words in (("lost", "loss added, 10⁻³ nats"), ("divergence", "divergence, 10⁻³ nats")):
-            for method, runs in self.quality.items():
-                for number, point in enumerate(runs[0]["curve"]):
-                    values = [1e3 * run["curve"][number][metric] for run in runs]
+            for method in METHODS:
+                for keep, values in self._curve(method, metric).items():
                     mean, error = mean_and_error(values)
-                    self.record(method, f"{words}, kept {point['kept']:.0%}", mean, error=error, repeats=len(runs))
+                    self.record(method, f"{words}, kept {keep:.0%}", mean, error=error, repeats=len(values))
         for keep in self.speed[0]["found"]:
-            name = "transformers' default cache" if keep == "None" else OURS
-            share = "100%" if keep == "None" else f"{float(keep):.0%}"
+            name = "transformers' default cache" if keep == "default" else OURS
+            share = "100%" if keep == "default" else f"{float(keep):.0%}"
             mean, error = mean_and_error([1e3 * run["found"][keep][0] for run in self.speed])
             words = f"{copies} rows of {length} bytes, kept {share}"
             self.record(name, f"a step, {words}", mean, error=error, unit="ms", repeats=len(self.speed))
@@ -229,15 +234,9 @@ class _Report(Report):
 
     def _claim(self, baseline: str) -> None:
         """The paper's claim of the lowest perplexity at every budget, at a fifth."""
-        values = {
-            method: [next(p["lost"] for p in run["curve"] if p["kept"] == 0.2) * 1e3 for run in self.quality[method]]
-            for method in (OURS, baseline)
-        }
+        values = {method: self._curve(method, "lost")[0.2] for method in (OURS, baseline)}
         difference = paired(values[baseline], values[OURS])
-        assert all(
-            run["bytes"]["0.2"] == own["bytes"]["0.2"]
-            for run, own in zip(self.quality[baseline], self.quality[OURS], strict=True)
-        )
+        assert self._curve(baseline, "bytes")[0.2] == self._curve(OURS, "bytes")[0.2]
         self.record(
             OURS,
             f"loss saved with a fifth kept, {baseline} − PrefixKV, 10⁻³ nats per byte",
@@ -250,6 +249,12 @@ class _Report(Report):
             expected="equal" if baseline == PROFILE else "higher",
             p_value=difference.p_value,
         )
+
+    def _curve(self, method: str, metric: str) -> dict[float, list[float]]:
+        """By share kept the values of all seeds; losses in thousandths."""
+        scale = 1 if metric == "bytes" else 1e3
+        columns = zip(*(run["found"][method] for run in self.quality), strict=True)
+        return {column[0]["kept"]: [scale * point[metric] for point in column] for column in columns}
 
     def _faster(self) -> None:
         gains = [run["found"]["1.0"][0] / run["found"]["0.2"][0] - 1 for run in self.speed]
@@ -277,11 +282,10 @@ class _Report(Report):
             values = [[run["found"][method][str(keep)][0] for run in self.planted] for keep in KEPT]
             _errorbar(planted, KEPT, values, method)
         planted.set(title="planted layers, attention alone", ylabel="worst relative error of a layer")
-        for method, runs in self.quality.items():
+        for method in METHODS:
             for axis, metric in ((loss, "lost"), (divergence, "divergence")):
-                numbers = [n for n, point in enumerate(runs[0]["curve"]) if point["kept"] < 1]
-                values = [[1e3 * run["curve"][n][metric] for run in runs] for n in numbers]
-                _errorbar(axis, [runs[0]["curve"][n]["kept"] for n in numbers], values, method)
+                curve = self._curve(method, metric)
+                _errorbar(axis, KEPT, [curve[keep] for keep in KEPT], method)
         loss.set(title="text behind the prompt", ylabel="loss added, 10⁻³ nats per byte")
         divergence.set(
             title="text behind the prompt", ylabel="divergence from the whole cache, 10⁻³ nats", yscale="log"

@@ -46,7 +46,7 @@ from stemma.train.seeds import stream_seed
 if TYPE_CHECKING:
     from stemma.train.recipe import Options
 
-__all__ = ["Config", "Profile", "calibrate", "compress"]
+__all__ = ["Config", "Profile", "calibrate", "compress", "drop", "votes_of"]
 
 _POOLED = 5
 """Neighbouring tokens over which the votes of the last queries are averaged (SnapKV, arXiv 2404.14469, section 4)."""
@@ -139,9 +139,28 @@ def compress(
     config = config or Config()
     if profile is not None:
         profile.check(model, config.keep, config.score)
-    votes = {"observed": None, "normalized": None, "window": config.window}.get(config.score, 0)
     _check_protected(rows, config)
-    cache = CompressedCache.prefill(model, rows, votes=votes, max_tokens=max_tokens, room=room)
+    cache = CompressedCache.prefill(model, rows, votes=votes_of(config), max_tokens=max_tokens, room=room)
+    drop(cache, config, profile)
+    return cache
+
+
+def votes_of(config: Config) -> int | None:
+    """How many of the last queries a score looks at; None: all."""
+    return {"observed": None, "normalized": None, "window": config.window}.get(config.score, 0)
+
+
+def drop(cache: CompressedCache, config: Config, profile: Profile | None = None) -> None:
+    """Compress a cache that was only filled (:meth:`stemma.models.compressed_cache.CompressedCache.prefill`), as
+    :func:`compress` does.
+
+    Raises:
+        InvalidBatchError: as :func:`compress`, and a cache that was filled with other votes than :func:`votes_of`.
+    """
+    if cache.votes != votes_of(config):
+        raise InvalidBatchError(
+            f'score="{config.score}" needs a cache filled with votes={votes_of(config)}, not {cache.votes}.'
+        )
     tokens: list[dict[int, np.ndarray]] = []
     retained: dict[int, list[float]] = {}
     for row, mass in enumerate(cache.importance()):
@@ -161,7 +180,6 @@ def compress(
         retained={layer: float(np.mean(values)) for layer, values in retained.items()},
         budget=None if config.drop_every is None else DecodeBudget(config.drop_every, *config.protected),
     )
-    return cache
 
 
 def calibrate(
@@ -191,12 +209,11 @@ def calibrate(
     if not configs or config.allocation != "waterline":
         raise ValueError('calibration needs shares to keep and allocation="waterline".')
     found: dict[float, list[np.ndarray]] = {each.keep: [] for each in configs}
-    votes = config.window if config.score == "window" else None
     layers: list[int] | None = None
     for index in range(len(rows)):
         sample = rows[index : index + 1]
         _check_protected(sample, config)
-        cache = CompressedCache.prefill(model, sample, votes=votes, max_tokens=max_tokens)
+        cache = CompressedCache.prefill(model, sample, votes=votes_of(config), max_tokens=max_tokens)
         (mass,) = cache.importance()
         if layers is not None and layers != list(mass):
             raise InvalidBatchError(
