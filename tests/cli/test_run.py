@@ -9,7 +9,7 @@ import pytest
 from stemma.cli import run
 from stemma.cli.main import main
 
-METHODS = {"jrt", "ntk-attention", "pppo", "prefix-kv", "prefix-rft", "prefix-rl", "tempo"}
+METHODS = {"jrt", "kvcomm", "ntk-attention", "pppo", "prefix-kv", "prefix-rft", "prefix-rl", "tempo"}
 
 
 def test_every_method_with_a_run_function_is_listed(capsys):
