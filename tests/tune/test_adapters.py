@@ -86,7 +86,8 @@ def test_the_active_adapter_alone_answers_and_is_trained() -> None:
             pass
         assert active_adapters(model) == []
     assert torch.equal(logits(model), first)
-    delete_adapter(model, "a")
+    with disable_adapter(model):
+        delete_adapter(model, "a")
     assert adapter_names(model) == ["b"]
     assert active_adapters(model) == []
     assert torch.equal(logits(model), bare)

@@ -102,7 +102,7 @@ def test_rollouts_share_prompts_and_their_log_probabilities_are_those_that_train
 
 def test_gradients_of_the_prefix_are_refused():
     """The keys of the first layer have none; the answer of the prefix has."""
-    model = weigh(decoder())
+    model = weigh(decoder(num_hidden_layers=1))
     cache = SharedPrefixCache.of(model, [[5, 6, 7]])
     with pytest.raises(UnsupportedModelError, match="no gradients"):
         model(torch.tensor([[7]]), past_key_values=cache, use_cache=True)
