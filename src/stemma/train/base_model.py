@@ -9,10 +9,10 @@ and rows of token ids of text that the model has never seen:
 - `base.rows("train", ...)` to go on training;
 - `stemma.data.python_text.reference_texts(...)`: prose of another kind, of which no split was trained on.
 
-What it can do: 2.3 bits per byte on unseen sources, at any position up to 2,048. It knows spelling and syntax, and looks
-hardly further back than 32 bytes (a context of 1,024 saves 0.04 bits per byte over one of 32); it does not copy from its
-context. So far context is there to be stored, moved and dropped, but losing it costs this model little: say so where a
-result rests on it.
+What it can do: 2.2 to 2.4 bits per byte on unseen sources, at every position up to 2,048. It knows spelling and syntax,
+and looks hardly further back than 32 bytes (a context of 1,024 saves 0.04 bits per byte over one of 32); it does not
+copy from its context. There is context to be stored, moved and dropped, but losing it costs this model little: say so
+where a result rests on it.
 """
 
 import math
