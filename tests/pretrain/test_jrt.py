@@ -116,8 +116,12 @@ def test_settings_of_a_prompt_are_checked(field, value):
 def test_what_a_budget_needs_is_asked_for():
     with pytest.raises(ValueError, match="give the tokenizer"):
         jrt_text("a", ["b"], config=Config(max_tokens=9))
-    with pytest.raises(InvalidBatchError, match="at least one question"):
-        jrt_ids([1], [], config=Config(max_tokens=9))
+    with pytest.raises(ValueError, match="give the tokenizer"):
+        jrt_messages("a", ["b"], config=Config(max_tokens=9))
+    for questions in ([], "one text"):
+        for function, context in ((jrt_text, "a"), (jrt_messages, "a"), (jrt_ids, [1])):
+            with pytest.raises(InvalidBatchError, match="at least one question"):
+                function(context, questions)
 
 
 # --- the model
@@ -268,6 +272,8 @@ def test_a_state_cannot_be_cut():
         ({"hidden_size": 6, "num_attention_heads": 2}, "multiple of twice"),
         ({"prefix_length": -1}, "prefix_length must be at least 0"),
         ({"conv_kernel": 1}, "conv_kernel must be at least 2"),
+        ({"num_attention_heads": 0}, "num_attention_heads must be at least 1"),
+        ({"feature_dim": 0}, "feature_dim must be at least 1"),
     ],
 )
 def test_sizes_are_checked(changes, message):

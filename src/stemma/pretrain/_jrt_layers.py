@@ -64,14 +64,17 @@ class PrefixLinearAttentionConfig(PreTrainedConfig):
         if unknown:
             raise ValueError(f"mixer_types must be among {', '.join(_MIXERS)}; got {unknown[0]!r}.")
         self.num_hidden_layers = len(self.mixer_types)
+        at_least = {"prefix_length": 0, "conv_kernel": 2} | dict.fromkeys(
+            ("num_attention_heads", "feature_dim", "sliding_window", "conv_expand", "chunk_size"), 1
+        )
+        for name, low in at_least.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}.")
         if self.hidden_size % (2 * self.num_attention_heads):
             raise ValueError(
                 f"hidden_size must be a multiple of twice num_attention_heads ({self.num_attention_heads}), "
                 f"got {self.hidden_size}."
             )
-        for name, low in (("prefix_length", 0), ("sliding_window", 1), ("conv_kernel", 2), ("chunk_size", 1)):
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}.")
         kwargs.pop("num_hidden_layers", None)
         super().__post_init__(**kwargs)
 

@@ -93,19 +93,16 @@ def jrt_text(
         tokenizer: counts tokens; needed with `max_tokens` only.
 
     Raises:
-        InvalidBatchError: a question leaves no token of the budget for the context, or there is no question.
+        InvalidBatchError: a question leaves no token of the budget for the context, or there is no list of questions.
         ValueError: `max_tokens` without a tokenizer.
     """
     config = config or Config()
-    if config.max_tokens is None:
-        return [_text(context, question, config) for question in questions]
-    if tokenizer is None:
-        raise ValueError("max_tokens counts tokens: give the tokenizer.")
 
     def size(kept: int) -> int:
+        assert tokenizer is not None
         return max(len(tokenizer(_text(context[:kept], question, config))["input_ids"]) for question in questions)
 
-    kept = _longest(len(context), size, questions, config.max_tokens)
+    kept = _longest(len(context), size, questions, _counted(config, tokenizer))
     return [_text(context[:kept], question, config) for question in questions]
 
 
@@ -133,18 +130,14 @@ def jrt_messages(
         texts = (_text(context[:kept], question, config) for question in questions)
         return [[*(dict(message) for message in before), {"role": "user", "content": text}] for text in texts]
 
-    if config.max_tokens is None:
-        return chats(len(context))
-    if tokenizer is None:
-        raise ValueError("max_tokens counts tokens: give the tokenizer.")
-
     def size(kept: int) -> int:
+        assert tokenizer is not None
         rendered = (
             tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats(kept)
         )
         return max(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in rendered)
 
-    return chats(_longest(len(context), size, questions, config.max_tokens))
+    return chats(_longest(len(context), size, questions, _counted(config, tokenizer)))
 
 
 def jrt_ids(
@@ -176,7 +169,7 @@ def jrt_ids(
     def size(kept: int) -> int:
         return max(len(prompt(question, kept)) for question in questions)
 
-    kept = len(context) if config.max_tokens is None else _longest(len(context), size, questions, config.max_tokens)
+    kept = _longest(len(context), size, questions, config.max_tokens)
     return [prompt(question, kept) for question in questions]
 
 
@@ -185,10 +178,18 @@ def _text(context: str, question: str, config: Config) -> str:
     return f"{question} {copies} {question}" if config.question_first else f"{copies} {question}"
 
 
-def _longest(total: int, size: Callable[[int], int], questions: Sequence[Any], budget: int) -> int:
+def _counted(config: Config, tokenizer: Any) -> int | None:
+    if config.max_tokens is not None and tokenizer is None:
+        raise ValueError("max_tokens counts tokens: give the tokenizer.")
+    return config.max_tokens
+
+
+def _longest(total: int, size: Callable[[int], int], questions: Sequence[Any], budget: int | None) -> int:
     """How much of the context to keep: the most, up to `total`, whose prompts have been seen to fit the budget."""
-    if not questions:
-        raise InvalidBatchError("give at least one question")
+    if isinstance(questions, str) or not questions:
+        raise InvalidBatchError("give a list of at least one question")
+    if budget is None:
+        return total
     if size(total) <= budget:
         return total
     if size(min(total, 1)) > budget:
