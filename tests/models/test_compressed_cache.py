@@ -163,8 +163,7 @@ def test_importance_is_the_column_sum_of_eager_attention(kind, votes, max_tokens
             full = [layer for layer in range(2) if cache.windows[layer] is None]
             assert list(importance) == full
             for layer in full:
-                last = attentions[layer][0].mean(0)[-votes if votes else 0 :]
-                expected = last.sum(0)
+                expected = attentions[layer][0].mean(0)[-votes if votes else 0 :].sum(0)
                 torch.testing.assert_close(torch.from_numpy(importance[layer]), expected, rtol=0, atol=1e-12)
 
 
