@@ -56,8 +56,8 @@ def reproduce(options: Options) -> dict[str, Any]:
     """Run it; see `stemma.train.recipe_report.Report.write` for what is returned."""
     quick, base = options.quick, python_base(options)
     seeds = options.seeds or (1 if quick else 3)
-    problems, document, lengths = (6, 64, (64, 128)) if quick else (80, 256, (128, 256, 512, 1024))
-    least = 3 if quick else 16
+    problems, document, lengths = (6, 64, (64, 128)) if quick else (60, 256, (128, 256, 512, 1024))
+    least = 3 if quick else 12
     rules = {
         OURS: Config(header="\n", min_anchors=least),
         PUBLISHED: Config(header="\n", min_anchors=2, sharpness=None),
@@ -66,7 +66,7 @@ def reproduce(options: Options) -> dict[str, Any]:
         "model": f"byte-level Llama of {base.parameters:,} parameters trained on library sources",
         "problems": f"{problems} per seed, three agents each",
         "texts": f"chunk of {document} bytes, question of 40, sampled answer of 24",
-        "compared": "24 next-byte distributions behind every prompt that was reused",
+        "compared": "16 next-byte distributions behind every prompt that was reused",
         "pool": f"at most 20 anchors of each text, {least} before anything is reused",
         "seeds": seeds,
     }
@@ -224,7 +224,7 @@ def _compare(
     dense = agent.prefill(given, mode="dense")
     states = cached_states(dense.cache)
     row = base.model.generate(
-        **dense.inputs, past_key_values=plain_cache(states), max_new_tokens=24, do_sample=False, eos_token_id=None
+        **dense.inputs, past_key_values=plain_cache(states), max_new_tokens=16, do_sample=False, eos_token_id=None
     )[0]
     last = len(dense.ids) - 1
 
