@@ -162,7 +162,7 @@ def test_auto_learns_until_it_can_reuse_and_says_why():
     seen = [agent.prefill(texts(comm, number)) for number in (1, 2, 3)]
     assert [prefill.mode for prefill in seen] == ["dense", "dense", "reuse"]
     assert "{document}: no anchor of 34 or more tokens" in seen[0].reason
-    assert "{question}: 1 of 2 anchors as long" in seen[1].reason
+    assert "{question}: 1 anchors of 2 that this agent needs" in seen[1].reason
     assert seen[0].learned == seen[1].learned == ("document", "question")
     assert seen[2].learned == ()
     assert len(comm.pool) == 4
@@ -259,6 +259,17 @@ def test_adapters_belong_to_the_fingerprint():
     agent = comm.agent("ask", ASK)
     agent.prefill(texts(comm))
     with model.disable_adapter(), pytest.raises(InvalidBatchError, match="another adapters"):
+        agent.prefill(texts(comm))
+    assert agent.prefill(texts(comm)).mode == "reuse"
+
+
+def test_learned_prefixes_belong_to_the_fingerprint():
+    from stemma.tune.ntk_attention import attach, disable_adapter
+
+    comm = KVComm(attach(tiny_model("llama", vocab_size=258)), byte_tokenizer())
+    agent = comm.agent("ask", ASK)
+    agent.prefill(texts(comm))
+    with disable_adapter(comm.model), pytest.raises(InvalidBatchError, match="another adapters"):
         agent.prefill(texts(comm))
     assert agent.prefill(texts(comm)).mode == "reuse"
 

@@ -13,8 +13,9 @@ from stemma.cache.offsets import Layers, Weighting
 from stemma.cache.states import States
 from stemma.errors import InvalidBatchError, UnsupportedModelError
 from stemma.models.adapter import base_model
+from stemma.models.fingerprint import active_adapters, fingerprint
 from stemma.models.rotary import cached_states, encode, find_rotations
-from stemma.serve._recompute import fingerprint, windows
+from stemma.serve._recompute import windows
 from stemma.serve._template import text_ids
 
 __all__ = ["Config", "Content", "Prefill", "Texts", "Usage", "copied"]
@@ -28,8 +29,8 @@ class Config:
     """Entropy of the likeness of anchors, over its largest value, above which a text becomes an anchor; in [0, 1]. The
     paper's value."""
     min_anchors: int = 8
-    """Anchors as long as a text or longer, below which it becomes one itself, at least 1. The paper's value is 2; the
-    mean over few differences is no better than none."""
+    """Anchors as long as a text or longer, known to the agent, below which the text becomes one itself; at least 1. The
+    paper's value is 2; a mean over few differences is no better than none."""
     sharpness: float | None = 1000.0
     """Factor on relative distances before their softmax, above 0; None for the published unnormalised distances."""
     temperature: float = 1.0
@@ -153,7 +154,7 @@ class Texts:
         inner = base_model(self.model)
         if inner.training:
             raise UnsupportedModelError("the model is in training mode; call model.eval() first.")
-        state = tuple((id(p), p._version) for p in inner.parameters()), _adapters(inner)
+        state = tuple((id(p), p._version) for p in inner.parameters()), active_adapters(inner)
         if self._known is None or self._known[0] != state:
             self._known = state, {**fingerprint(self.model), "header": repr(self.header)}
         self.pool.bind(self._known[1])
@@ -177,14 +178,6 @@ class Texts:
             cache = encode(self.model, [*self.header, *content.ids])
             content.base = copied(cached_states(cache, begin))
             return content.base, begin + len(content.ids)
-
-
-def _adapters(inner: torch.nn.Module) -> tuple[str, ...]:
-    return tuple(
-        f"{module.active_adapters}{module.disable_adapters}{module.merged_adapters}"
-        for module in inner.modules()
-        if hasattr(module, "merged_adapters")
-    )
 
 
 def copied(layers: Layers) -> Layers:

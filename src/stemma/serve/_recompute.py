@@ -1,4 +1,4 @@
-"""Tokens in the middle of a cached prompt computed again, by ordinary forward calls; and what a model's states hang on.
+"""Tokens in the middle of a cached prompt computed again, by ordinary forward calls.
 
 CacheBlend (arXiv 2405.16444) computes some tokens of reused text anew in every layer, with attention to all keys before
 them. Here these tokens are run as one call behind the cache, at their own positions, under a mask that hides their
@@ -7,7 +7,6 @@ states alone, which are exact for any text, so they are true keys: a call that i
 estimates are.
 """
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -22,7 +21,7 @@ from stemma.errors import UnsupportedModelError
 from stemma.models.adapter import base_model
 from stemma.models.rotary import cached_states, plain_cache
 
-__all__ = ["fingerprint", "key_errors", "recompute", "second_layer", "windows"]
+__all__ = ["key_errors", "recompute", "second_layer", "windows"]
 
 
 class _Reached(Exception):
@@ -121,25 +120,3 @@ def windows(model: Any) -> tuple[int | None, int | None]:
     ]
     chunked = [size for kind, size in sizes if kind == "chunked_attention"]
     return min((size for kind, size in sizes if kind != "chunked_attention"), default=None), min(chunked, default=None)
-
-
-def fingerprint(model: Any) -> dict[str, str]:
-    """What keys and values hang on besides tokens: the model's type, some bytes of every weight, adapters, type."""
-    inner = base_model(model)
-    digest = hashlib.blake2b(digest_size=8)
-    for name, parameter in inner.named_parameters():
-        flat = parameter.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 64)].cpu().contiguous()
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(sample.view(torch.uint8).numpy().tobytes())
-    adapters = [
-        f"{module.active_adapters}{bool(module.disable_adapters)}{module.merged_adapters}"
-        for module in inner.modules()
-        if hasattr(module, "merged_adapters")
-    ]
-    return {
-        "model": str(inner.config.model_type),
-        "weights": digest.hexdigest(),
-        "adapters": hashlib.blake2b(repr(adapters).encode(), digest_size=8).hexdigest() if adapters else "none",
-        "dtype": str(inner.dtype).removeprefix("torch."),
-    }
