@@ -211,6 +211,21 @@ def test_masks_and_rows_that_do_not_fit_are_refused():
         SharedPrefixCache.of(model, [[5], []])
 
 
+def test_rows_take_their_padding_with_them():
+    """A mask may be left out as long as no row of those present is padded."""
+    model = cached("llama, grouped queries")
+    rows, ids = [list(range(2, 30)), [5, 6, 7]], torch.tensor([[29], [7]])
+    whole, short = (SharedPrefixCache.of(model, rows) for _ in range(2))
+    whole.batch_select_indices(torch.tensor([0, 0]))
+    with torch.no_grad():
+        got = model(ids[[0, 0]], past_key_values=whole, use_cache=True).logits
+        expected = model(torch.tensor(rows[:1])).logits[:, -1:].expand_as(got)
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+        short.reorder_cache(torch.tensor([1]))
+        with pytest.raises(stemma.InvalidBatchError, match="different lengths"):
+            model(ids[1:], past_key_values=short, use_cache=True)
+
+
 def test_gradients_are_refused():
     model = cached("llama, grouped queries")
     cache = SharedPrefixCache.of(model, [[5, 6, 7]])
