@@ -10,7 +10,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ class Setting:
     """Timings of each length."""
     steps: int = 150
     """Steps of every fine-tuning."""
-    rates: tuple[float, ...] = (1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+    rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
     """Learning rates to choose from."""
     evaluated: int = 64
     """Rows of validation and of test text."""
@@ -77,12 +77,13 @@ def reproduce(options: Options) -> dict[str, Any]:
     report = _Report("ntk-attention", "NTK-Attention: a prefix of any length as two sums per head", about, setting)
     runs = Runs(options.output_dir / "runs" / "ntk-attention")
     report.errors(seeds)
-    report.costs(runs("cost of a prefix", 0, asdict(setting), lambda: {"costs": _costs(setting)})["costs"])
+    sizes = {"lengths": setting.lengths, "repeats": setting.repeats}
+    report.costs(runs("cost of a prefix", 0, sizes, lambda: {"costs": _costs(setting)})["costs"])
     for method in METHODS:
 
         def tuned(rate: float, seed: int, method: str = method) -> dict[str, Any]:
-            settings = {**asdict(setting), "base": base.folder.name, "rate": rate}
-            return runs(method, seed, settings, partial(_tune, setting, base, method, rate, seed))
+            told = {"steps": setting.steps, "evaluated": setting.evaluated, "base": base.folder.name, "rate": rate}
+            return runs(method, seed, told, partial(_tune, setting, base, method, rate, seed))
 
         rate = min(setting.rates, key=lambda rate: tuned(rate, 0)["curve"][-1][1])
         report.found[method] = [tuned(rate, seed) for seed in range(seeds)]

@@ -27,6 +27,8 @@ prefix per key head of grouped queries are options.
 The prefix is in no cache: positions, masks and lengths stay as they are. Keys of a given prefix are therefore taken at
 the positions before 0 where positions are relative.
 
+Sums are additive, so several adapters on one model answer together as one prefix (:func:`set_adapter`).
+
 Relations: `stemma.attention.tree` merges the same kind of answer for shared prefixes with keys. Prefix tuning, P-tuning
 v2 and LoRA are in the package peft; LoRA can be trained together with this.
 """
