@@ -244,7 +244,7 @@ def test_a_layer_that_attends_elsewhere_is_refused_by_name():
     model = decoder()
     cache = SharedPrefixCache.of(model, [[5, 6, 7]])
     options = {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool), "position_ids": torch.tensor([[2]])}
-    with pytest.raises(stemma.UnsupportedModelError, match="layer 0 of LlamaForCausalLM .* put its"), torch.no_grad():
+    with pytest.raises(stemma.UnsupportedModelError, match=r"layer 0 of LlamaForCausalLM .* put its"), torch.no_grad():
         model(torch.tensor([[7]]), past_key_values=cache, use_cache=True, **options)
 
 
