@@ -162,7 +162,7 @@ def test_auto_learns_until_it_can_reuse_and_says_why():
     seen = [agent.prefill(texts(comm, number)) for number in (1, 2, 3)]
     assert [prefill.mode for prefill in seen] == ["dense", "dense", "reuse"]
     assert "{document}: no anchor of 34 or more tokens" in seen[0].reason
-    assert "{question}: 1 anchors of 2 that this agent needs" in seen[1].reason
+    assert "{question}: 1 of 2 anchors that this agent needs" in seen[1].reason
     assert seen[0].learned == seen[1].learned == ("document", "question")
     assert seen[2].learned == ()
     assert len(comm.pool) == 4
@@ -234,7 +234,7 @@ def test_reuse_repeats_and_a_saved_pool_gives_the_same_bits(tmp_path):
         other.agent("ask", ASK + " ")
     with pytest.raises(InvalidBatchError, match="another header"):
         comm_of(pool=AnchorPool.load(tmp_path / "pool.safetensors"), header="Text: ")
-    with pytest.raises(InvalidBatchError, match="another model, weights"):
+    with pytest.raises(InvalidBatchError, match=r"another .*model_type, weights"):
         comm_of("qwen3", pool=AnchorPool.load(tmp_path / "pool.safetensors"))
 
 

@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from stemma.cache.anchors import Anchor, Deviation, Match
+from stemma.cache.anchors import Deviation, Match
 from stemma.cache.offsets import Layers, Weighting, add_to_content, add_to_following, closeness, differences, spread
 from stemma.cache.states import States
 from stemma.errors import InvalidBatchError, UnsupportedModelError
@@ -61,11 +61,11 @@ class Plan(NamedTuple):
     """What is to be done for one placeholder."""
 
     matches: tuple[Match, ...]
+    """The anchors to estimate from."""
     reason: str = ""
     """Why a dense prefill should make the text an anchor; empty when it need not."""
-    anchors: tuple[Anchor, ...] = ()
-    """Those to credit with a use, by ``closeness``."""
     closeness: Tensor | None = None
+    """``(A,)`` how near each of them is; None where the rule did not get so far."""
 
 
 class KVComm(Texts):
@@ -144,7 +144,7 @@ class Agent:
             if missing:
                 raise InvalidBatchError(
                     f"no anchor of {{{missing[0]}}} fits agent {self.name!r} ({plans[missing[0]].reason}), and "
-                    'mode="reuse" does not compute; fill the pool with mode="auto".'
+                    'mode="reuse" does not compute; fill the pool with mode="learn" or "auto".'
                 )
         refused = [(name, plan) for name, plan in plans.items() if plan.reason]
         if mode == "auto" and refused:
@@ -193,19 +193,16 @@ class Agent:
         same = pool.find(name, content.ids, content.origin)
         if same is not None:
             matches = pool.matches([same], self.name)
-            return Plan(matches, "" if matches else "an anchor new to this agent", (same,), torch.ones(1))
-        anchors = pool.eligible(name, len(content.ids), content.origin)
-        if not anchors:
+            return Plan(matches, "" if matches else "an anchor new to this agent", torch.ones(len(matches)))
+        eligible = pool.eligible(name, len(content.ids), content.origin)
+        matches = pool.matches(eligible, self.name)
+        if not eligible:
             return Plan((), f"no anchor of {len(content.ids)} or more tokens")
-        matches = pool.matches(anchors, self.name)
-        if len(anchors) < config.min_anchors:
-            few = f"{len(anchors)} of {config.min_anchors} anchors as long"
-            return Plan(matches, few, anchors, torch.full((len(anchors),), 1 / len(anchors)))
-        near = closeness(self.comm.base(content)[0], [anchor.base for anchor in anchors], config.sharpness)
-        reason = "" if matches else "its anchors are new to this agent"
-        if spread(near) > config.gamma:
-            reason = f"no anchor stands out ({spread(near):.2f} > {config.gamma})"
-        return Plan(matches, reason, anchors, near)
+        if len(matches) < config.min_anchors:
+            return Plan(matches, f"{len(matches)} of {config.min_anchors} anchors that this agent needs")
+        near = closeness(self.comm.base(content)[0], [match.anchor.base for match in matches], config.sharpness)
+        reason = f"no anchor stands out ({spread(near):.2f} > {config.gamma})" if spread(near) > config.gamma else ""
+        return Plan(matches, reason, near)
 
     # ------------------------------------------------------------------ dense
 
@@ -297,7 +294,7 @@ class Agent:
         exact, last = len(self.pieces[0]), len(ids) - 1
         for plan in plans.values():
             if plan.matches and plan.closeness is not None:
-                self.comm.pool.credit(plan.anchors, plan.closeness, config.top_p)
+                self.comm.pool.credit([match.anchor for match in plan.matches], plan.closeness, config.top_p)
         states = _cut(self.assemble(given, {name: plan.matches for name, plan in plans.items()}), 0, last)
         looked_at, error, computed = 0, None, 0
         if (mode == "blend" or config.max_error is not None) and last > exact and len(states) > 1:
