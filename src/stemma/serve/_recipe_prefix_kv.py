@@ -32,19 +32,22 @@ from stemma.train.seeds import stream
 
 __all__ = ["reproduce"]
 
-OURS, PROFILE = "PrefixKV", "PrefixKV, profile"
+OURS, PROFILE, VOTES = "PrefixKV", "PrefixKV, profile", "PrefixKV, window votes"
 METHODS: dict[str, dict[str, Any]] = {
     OURS: {},
     PROFILE: {},
     "uniform": {"allocation": "uniform"},
+    "PrefixKV, normalized": {"score": "normalized"},
+    VOTES: {"score": "window", "window": 32},
     "SnapKV-like": {"allocation": "uniform", "score": "window", "window": 32},
     "PyramidKV-like": {"allocation": "pyramid", "score": "window", "window": 32},
-    "waterline, window votes": {"score": "window", "window": 32},
     "StreamingLLM-like": {"allocation": "uniform", "score": "recent", "protect_first": 4},
     "random": {"allocation": "uniform", "score": "random"},
 }
 """Settings of `Config` by name; those with a profile take the sizes of layers from other texts."""
 KEPT = (0.5, 0.3, 0.2, 0.1, 0.05)
+WATERLINE, EQUAL = "waterline", "equal sizes"
+"""Allocations of the planted layers, besides pyramids."""
 TEMPERATURES = (0.15, 3.0)
 """Of the softmax in the first and the last planted layer."""
 
@@ -54,7 +57,7 @@ def reproduce(options: Options) -> dict[str, Any]:
     quick, base = options.quick, python_base(options)
     enable(base.model, self_test=False)
     seeds = options.seeds or (1 if quick else 6)
-    prompt, behind, rows = (384, 32, 1) if quick else (1024, 128, 12)
+    prompt, behind, rows = (768, 32, 1) if quick else (1024, 128, 12)
     about = {
         "planted layers": f"8 of 4 heads of 32, temperatures {TEMPERATURES[0]} to {TEMPERATURES[1]}, 512 tokens",
         "model": f"byte-level Llama of {base.parameters:,} parameters trained on library sources",
@@ -65,6 +68,7 @@ def reproduce(options: Options) -> dict[str, Any]:
     runs = Runs(options.output_dir / "runs" / "prefix-kv")
     profile = _profile(base, prompt, rows)
     for seed in range(seeds):
+        runs.say(f"PrefixKV: seed {seed} of {seeds}")
         report.planted.append(runs("planted", seed, {"temperatures": TEMPERATURES}, partial(_planted, seed)))
         text = base.rows("test", rows * (seed + 1), prompt + behind)[rows * seed :]
         known = {"model": base.folder.name, "prompt": prompt, "behind": behind, "rows": rows, "methods": METHODS}
@@ -108,8 +112,8 @@ def _planted(seed: int, layers: int = 8, heads: int = 4, tokens: int = 512, aske
         # The sharpest layer is the first here, and a pyramid spends most on the layers that it takes for diffuse.
         fitting = proportional(pyramid(layers)[::-1], tokens, total, 2)
         for name, sizes in {
-            OURS: waterline(curves, total, 2),
-            "uniform": proportional([1.0] * layers, tokens, total, 2),
+            WATERLINE: waterline(curves, total, 2),
+            EQUAL: proportional([1.0] * layers, tokens, total, 2),
             "pyramid, layers in its order": fitting,
             "pyramid, layers in any order": fitting[torch.randperm(layers, generator=generator).numpy()],
         }.items():
@@ -138,7 +142,10 @@ def _profile(base: BaseModel, prompt: int, samples: int) -> Profile:
 @torch.no_grad()
 def _quality(base: BaseModel, text: Tensor, prompt: int, profile: Profile) -> dict[str, Any]:
     """For each method nats per byte lost against the whole cache, divergence from it, and bytes, by share kept."""
-    model, found = base.model, {name: _points(name) for name in METHODS}
+    model = base.model
+    found: dict[str, list[dict[str, float]]] = {
+        name: [{"kept": keep, "bytes": 0, "lost": 0.0, "divergence": 0.0} for keep in KEPT] for name in METHODS
+    }
     for row in text:
         whole = model(row[None]).logits[0, prompt:-1].log_softmax(-1)
         target, read = row[prompt + 1 :, None], {}
@@ -156,11 +163,6 @@ def _quality(base: BaseModel, text: Tensor, prompt: int, profile: Profile) -> di
                 point["lost"] += float(lost) / len(text)
                 point["divergence"] += float((whole.exp() * (whole - part)).sum(-1).mean()) / len(text)
     return {"found": found}
-
-
-def _points(method: str) -> list[dict[str, float]]:
-    shares = KEPT if method == PROFILE else (1.0, *KEPT)
-    return [{"kept": keep, "bytes": 0, "lost": 0.0, "divergence": 0.0} for keep in shares]
 
 
 @torch.no_grad()
@@ -209,65 +211,67 @@ class _Report(Report):
 
     def summarise(self, length: int, copies: int) -> None:
         """The claims, then everything else."""
-        for baseline in METHODS:
-            if baseline != OURS:
-                self._claim(baseline)
+        planted = {name: self._planted(name, 0.2, 0) for name in self.planted[0]["found"]}
+        words = "planted layers, a fifth kept: worst relative error"
+        self._claim("waterline", planted, words, (WATERLINE, EQUAL), "sizes by layer lose less than equal ones")
+        for metric, words in (("lost", "loss"), ("divergence", "divergence")):
+            words = f"a fifth kept: {words}, 10⁻³ nats per byte"
+            values = {name: self._curve(name, metric)[0.2] for name in METHODS}
+            for pair in (OURS, "uniform"), (VOTES, "SnapKV-like"):
+                self._claim(pair[0], values, words, pair, "sizes by layer lose less than equal ones")
+            for name in ("SnapKV-like", "PyramidKV-like", "StreamingLLM-like", "random") if metric == "lost" else ():
+                self._claim(OURS, values, words, (OURS, name), "lowest perplexity at equal budgets")
         for keep in KEPT:
-            for index, words in enumerate(("planted: worst relative error", "planted: lowest retained mass")):
-                for method in self.planted[0]["found"]:
-                    mean, error = mean_and_error([run["found"][method][str(keep)][index] for run in self.planted])
-                    name, words_of = method, f"{words}, kept {keep:.0%}"
-                    self.record(name, words_of, mean, error=error, repeats=len(self.planted))
+            for place, words in enumerate(("worst relative error", "lowest retained mass")):
+                for name in planted:
+                    self._mean(name, f"{words}, kept {keep:.0%}", self._planted(name, keep, place))
         for metric, words in (("lost", "loss added, 10⁻³ nats"), ("divergence", "divergence, 10⁻³ nats")):
-            for method in METHODS:
-                for keep, values in self._curve(method, metric).items():
-                    mean, error = mean_and_error(values)
-                    self.record(method, f"{words}, kept {keep:.0%}", mean, error=error, repeats=len(values))
-        for keep in self.speed[0]["found"]:
-            name = "transformers' default cache" if keep == "default" else OURS
-            share = "100%" if keep == "default" else f"{float(keep):.0%}"
-            mean, error = mean_and_error([1e3 * run["found"][keep][0] for run in self.speed])
-            words = f"{copies} rows of {length} bytes, kept {share}"
-            self.record(name, f"a step, {words}", mean, error=error, unit="ms", repeats=len(self.speed))
-            self.record(name, f"cache, {words}", self.speed[0]["found"][keep][1] / 2**20, unit="MiB")
-        self._faster()
+            for name in METHODS:
+                for keep, of_seeds in self._curve(name, metric).items():
+                    self._mean(name, f"{words}, kept {keep:.0%}", of_seeds)
+        for name in self.speed[0]["found"]:
+            column = "transformers' default" if name == "default" else f"kept {float(name):.0%}"
+            times, held = zip(*(run["found"][name] for run in self.speed), strict=True)
+            words = f"{copies} rows of {length} bytes"
+            self._mean(column, f"CPU time of a step, {words}", [1e3 * each for each in times], unit="ms")
+            self._mean(column, f"keys and values, {words}", [each / 2**20 for each in held], unit="MiB")
+        gains = [run["found"]["1.0"][0] / run["found"]["0.2"][0] - 1 for run in self.speed]
+        words = "steps per second with a fifth kept over those with everything, minus 1"
+        self._mean(OURS, words, gains, claim="1.8 times as fast with 20% kept", expected="higher")
 
-    def _claim(self, baseline: str) -> None:
-        """The paper's claim of the lowest perplexity at every budget, at a fifth."""
-        values = {method: self._curve(method, "lost")[0.2] for method in (OURS, baseline)}
-        difference = paired(values[baseline], values[OURS])
-        assert self._curve(baseline, "bytes")[0.2] == self._curve(OURS, "bytes")[0.2]
+    def _mean(self, method: str, metric: str, values: Sequence[float], **others: Any) -> None:
+        mean, error = mean_and_error(values)
+        self.record(method, metric, mean, error=error, repeats=len(values), **others)
+
+    def _claim(
+        self, method: str, values: dict[str, list[float]], words: str, pair: tuple[str, str], claim: str
+    ) -> None:
+        """What the first of two has less than the second, which held as many bytes."""
+        own, other = pair
+        if own in METHODS:
+            assert self._curve(own, "bytes") == self._curve(other, "bytes")
+        difference = paired(values[other], values[own])
         self.record(
-            OURS,
-            f"loss saved with a fifth kept, {baseline} − PrefixKV, 10⁻³ nats per byte",
+            method,
+            f"{words}, {other} − {own}",
             difference.mean,
             error=difference.error,
             repeats=difference.pairs,
-            baseline=baseline,
-            baseline_value=mean_and_error(values[baseline])[0],
-            claim="the offline profile does as well" if baseline == PROFILE else "lowest perplexity at equal budgets",
-            expected="equal" if baseline == PROFILE else "higher",
+            baseline=other,
+            baseline_value=mean_and_error(values[other])[0],
+            claim=claim,
+            expected="higher",
             p_value=difference.p_value,
         )
+
+    def _planted(self, name: str, keep: float, place: int) -> list[float]:
+        return [run["found"][name][str(keep)][place] for run in self.planted]
 
     def _curve(self, method: str, metric: str) -> dict[float, list[float]]:
         """By share kept the values of all seeds; losses in thousandths."""
         scale = 1 if metric == "bytes" else 1e3
         columns = zip(*(run["found"][method] for run in self.quality), strict=True)
         return {column[0]["kept"]: [scale * point[metric] for point in column] for column in columns}
-
-    def _faster(self) -> None:
-        gains = [run["found"]["1.0"][0] / run["found"]["0.2"][0] - 1 for run in self.speed]
-        mean, error = mean_and_error(gains)
-        self.record(
-            OURS,
-            "steps per second with a fifth kept over those with everything, minus 1",
-            mean,
-            error=error,
-            repeats=len(gains),
-            claim="1.8 times as fast with 20% kept",
-            expected="higher",
-        )
 
     def plot(self, path: Path) -> None:
         """Four panels against the share kept."""
@@ -279,9 +283,8 @@ class _Report(Report):
         FigureCanvasAgg(figure)
         planted, loss, divergence, speed = figure.subplots(1, 4)
         for method in self.planted[0]["found"]:
-            values = [[run["found"][method][str(keep)][0] for run in self.planted] for keep in KEPT]
-            _errorbar(planted, KEPT, values, method)
-        planted.set(title="planted layers, attention alone", ylabel="worst relative error of a layer")
+            _errorbar(planted, KEPT, [self._planted(method, keep, 0) for keep in KEPT], method)
+        planted.set(title="planted layers, attention alone", ylabel="worst relative error of a layer", yscale="log")
         for method in METHODS:
             for axis, metric in ((loss, "lost"), (divergence, "divergence")):
                 curve = self._curve(method, metric)
