@@ -198,6 +198,12 @@ def test_the_least_used_of_the_five_oldest_goes_and_never_the_new_one():
     assert len(pool) == 8
 
 
+def test_a_new_anchor_stays_though_all_others_are_used():
+    pool = filled(AnchorPool(max_anchors=2), [0, 1])
+    pool.credit(pool.anchors("question"), torch.full((2,), 0.5), 1.0)
+    assert names(filled(pool, [2])) == [1, 2]
+
+
 def test_bytes_are_bounded_over_all_placeholders():
     one = filled(AnchorPool(), [0]).nbytes
     assert one == sum(t.nbytes for t in flat(layers(4, 0)) + flat(deviation(4, 0).content + deviation(4, 0).following))

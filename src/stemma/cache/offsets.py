@@ -53,9 +53,12 @@ def token_weights(base: Layers, anchors: Sequence[Layers], temperature: float) -
     tokens = base[0].key.shape[2]
     found = []
     for part in range(2):
+        total = torch.zeros(len(anchors), tokens, device=base[0].key.device)
+        for layer, pair in enumerate(base):
+            apart = torch.stack([anchor[layer][part][0, :, :tokens] for anchor in anchors]) - pair[part]
+            total += apart.abs_().sum(dim=(1, 3), dtype=torch.float32)
         channels = sum(pair[part].shape[1] * pair[part].shape[3] for pair in base)
-        distance = torch.stack([_apart(anchor, base, part, tokens) for anchor in anchors]) / channels
-        found.append(torch.softmax(-distance / temperature, dim=0))
+        found.append(torch.softmax(-total / (channels * temperature), dim=0))
     return found[0], found[1]
 
 
@@ -112,7 +115,7 @@ def add_to_following(
             if weighting == "similarity":
                 text = base[layer + 1][part][0]
                 behind = torch.stack([a[layer + 1][part][0, :, -tokens:] for a in anchors])
-                distance = (behind - text).float().norm(dim=2, keepdim=True)  # (A, heads, 1, dim)
+                distance = (behind - text).float().square_().sum(dim=2, keepdim=True).sqrt_()  # (A, heads, 1, dim)
                 weight = torch.softmax(-distance / temperature, dim=0).to(own.dtype)
             else:
                 weight = own.new_full((count, 1, 1, 1), 1 / count)
@@ -132,23 +135,16 @@ def closeness(base: Layers, anchors: Sequence[Layers], sharpness: float | None) 
             softmax is 0 and 1 for texts of ordinary length.
     """
     tokens = base[0].key.shape[2]
-    apart = [[a.value[:, :, :tokens] - b.value for a, b in zip(anchor, base, strict=True)] for anchor in anchors]
-    distance = torch.stack([_norm(layers) for layers in apart])
+    squares = torch.zeros(len(anchors), device=base[0].value.device)
+    norm = torch.zeros((), device=base[0].value.device)
+    for layer, pair in enumerate(base):
+        apart = torch.stack([anchor[layer].value[0, :, :tokens] for anchor in anchors]) - pair.value
+        squares += apart.float().square_().sum(dim=(1, 2, 3))
+        norm += pair.value.float().square().sum()
+    distance = squares.sqrt()
     if sharpness is not None:
-        distance = sharpness * distance / _norm([pair.value for pair in base]).clamp_min(1e-30)
+        distance = sharpness * distance / norm.sqrt().clamp_min(1e-30)
     return torch.softmax(-distance, dim=0)
-
-
-def _apart(anchor: Layers, base: Layers, part: int, tokens: int) -> Tensor:
-    """``(N,)`` sums of absolute differences of keys or values over layers, heads and channels."""
-    layers = zip(anchor, base, strict=True)
-    sums = [(a[part][:, :, :tokens] - b[part]).abs().sum(dim=(0, 1, 3), dtype=torch.float32) for a, b in layers]
-    return torch.stack(sums).sum(dim=0)
-
-
-def _norm(tensors: Sequence[Tensor]) -> Tensor:
-    """Norm of several tensors as one vector."""
-    return torch.stack([x.float().norm() for x in tensors]).norm()
 
 
 def spread(closeness_A: Tensor) -> float:

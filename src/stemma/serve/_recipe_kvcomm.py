@@ -56,7 +56,7 @@ def reproduce(options: Options) -> dict[str, Any]:
     """Run it; see `stemma.train.recipe_report.Report.write` for what is returned."""
     quick, base = options.quick, python_base(options)
     seeds = options.seeds or (1 if quick else 3)
-    problems, document, lengths = (6, 64, (64, 128)) if quick else (60, 256, (128, 256, 512, 1024))
+    problems, document, lengths = (6, 64, (64, 128)) if quick else (72, 256, (128, 256, 512, 1024))
     least = 3 if quick else 12
     rules = {
         OURS: Config(header="\n", min_anchors=least),
