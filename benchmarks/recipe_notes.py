@@ -68,4 +68,19 @@ NOTES: dict[str, tuple[str, ...]] = {
         fine-tune, it learns least of all here, with rates chosen for each method on validation text: on a model of two
         layers that is adapted in 120 steps, weights that LoRA changes go further than any prefix.""",
     ),
+    "prefix-kv": (
+        """In attention alone the waterline does what it is for: the worst of eight planted layers errs less than with
+        equal sizes at every share. A pyramid errs a little less still with a fifth or less kept, where it guesses the
+        order of the layers right, and several times as much where it does not.""",
+        """On text the paper's claim does not reproduce with its own score. Attention summed over queries favours the
+        beginning of a prompt, which more queries see; the base model hardly looks further back than 32 bytes; and
+        random tokens serve it better. With the sum divided by the number of queries that see a token, or with the votes
+        of the last queries, half of the cache or a twentieth can stay at no measurable loss, as with the most recent
+        tokens alone, so the loss tells nothing apart there. The divergence from the whole cache does: at equal votes,
+        the waterline's sizes stay closer to it than equal ones down to a tenth kept, and with summed attention they
+        make no difference. A profile does as well as a search for each prompt. On a model that needs its far context
+        all of this may be otherwise.""",
+        """All methods keep equally many bytes. Bytes fall with the share kept, times less, as a step has a part that
+        does not read keys.""",
+    ),
 }

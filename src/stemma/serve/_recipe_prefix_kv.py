@@ -279,7 +279,7 @@ class _Report(Report):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(15, 4), layout="constrained")
+        figure = Figure(figsize=(15, 4.3), layout="constrained")
         FigureCanvasAgg(figure)
         planted, loss, divergence, speed = figure.subplots(1, 4)
         for method in self.planted[0]["found"]:
@@ -303,7 +303,9 @@ class _Report(Report):
         for axis in (planted, loss, divergence, speed):
             axis.set_xlabel("share kept")
             axis.grid(alpha=0.25)
-            axis.legend(fontsize=7)
+        planted.legend(fontsize=7)
+        speed.legend(fontsize=7)
+        figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=9, fontsize=8)
         temporary = path.with_name(f".{path.stem}.tmp.png")
         figure.savefig(temporary, dpi=90, metadata={"Software": None})
         os.replace(temporary, path)
