@@ -63,10 +63,13 @@ NOTES: dict[str, tuple[str, ...]] = {
     ),
     "ntk-attention": (
         """The approximation does what the theory says: its error falls with the length of the prefix and with the
-        degree of the feature map, and its cost does not depend on the length; a real prefix is cheaper below about 128
-        keys. Dividing the published map by the square root of the head size matters for short prefixes. As a way to
-        fine-tune, it learns least of all here, with rates chosen for each method on validation text: on a model of two
-        layers that is adapted in 120 steps, weights that LoRA changes go further than any prefix.""",
+        degree of the feature map, and its cost does not depend on the length; a real prefix of up to 128 keys is
+        cheaper. Dividing the published map by the square root of the head size matters for short prefixes.""",
+        """As a way to fine-tune it works, and less well than what it is compared with: with as many parameters P-tuning
+        v2 gains half as much again, and LoRA more than twice as much. Every method had its rate chosen on validation
+        text. An untrained prefix should not be light: one that weighs as much as 32 keys, which the published map gives
+        it with heads of this size, learns faster than one that weighs as much as one key. What the paper's theory is
+        about, prefixes too long to be trained as keys and values, is not tried here.""",
     ),
     "prefix-kv": (
         """In attention alone the waterline does what it is for: the worst of eight planted layers errs less than with

@@ -305,7 +305,7 @@ class _Report(Report):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(13, 3.8), layout="constrained")
+        figure = Figure(figsize=(13, 4.6), layout="constrained")
         FigureCanvasAgg(figure)
         error, cost, tuning = figure.subplots(1, 3)
         for axis, lines in ((error, self.curves), (cost, self.times)):
@@ -322,7 +322,7 @@ class _Report(Report):
         ):
             axis.set(xlabel=x, ylabel=y)
             axis.grid(alpha=0.25)
-            axis.legend(fontsize=7)
+            axis.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15))
         temporary = path.with_name(f".{path.stem}.tmp.png")
         figure.savefig(temporary, dpi=90, metadata={"Software": None})
         os.replace(temporary, path)
