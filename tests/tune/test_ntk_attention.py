@@ -127,6 +127,20 @@ def test_parameter_count(config: Config, per: Any, rank: int | None) -> None:
     assert [hasattr(layer.self_attn, KERNEL_PREFIX) for layer in model.model.layers] == [True, False, True]
 
 
+def test_an_untrained_prefix_weighs_as_much_as_it_should() -> None:
+    """Its features and those of queries of size 0 give the log of the mass, up to the smallness of its keys."""
+    for config, expected in (
+        (Config(), 8.0),
+        (Config(normalize=False), 8.0),
+        (Config(feature_map="taylor"), 8.0),
+        (Config(initial_mass=1.0), 1.0),
+        (Config(initial_mass=40.0), 40.0),
+    ):
+        kernel = attach(make(), config).model.layers[0].self_attn.kernel_prefix.default
+        _, log_sum = kernel(torch.zeros(1, 4, 1, 8, dtype=DOUBLE), 1.0)
+        close(log_sum.exp(), torch.full_like(log_sum, expected), 0.05)
+
+
 def test_selected_heads_alone_have_a_prefix() -> None:
     model = attach(make(), Config(heads=(1, 3)))
     kernel = model.model.layers[0].self_attn.kernel_prefix.default

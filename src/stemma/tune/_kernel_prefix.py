@@ -123,9 +123,13 @@ class KernelPrefix(nn.Module):
             self._set(sums.key * factor, sums.value * factor)
 
     @torch.no_grad()
-    def start(self, scale: float, mass: float) -> None:
-        """Start training from the sums over eight small random keys and values, together of weight ``mass``; with 0,
-        from a prefix that nobody sees (its gradients are as small)."""
+    def start(self, scale: float, mass: float | None) -> None:
+        """Start training from the sums over eight small random keys and values, together of weight ``mass``; with None,
+        of that of one key under the published map, and with 0, from a prefix that nobody sees (its gradients are as
+        small)."""
+        if mass is None:
+            published = self.feature_map.name == "elu" and not self.feature_map.normalize
+            mass = 1.0 if published else float(self.head_dim)
         generator = torch.Generator().manual_seed(self.seed)
         if mass == 0:
             self._set(torch.full_like(self.key, _NO_EFFECT), self.sums.value * 0)

@@ -107,8 +107,9 @@ class Config:
     """Heads with a prefix (of the kind that `per` names); None: all."""
     per: Literal["query_head", "key_head"] = "query_head"
     """One prefix per query head (the paper), or per key/value head of grouped queries."""
-    initial_mass: float = 1.0
-    """Weight of the untrained prefix, in keys of score 0; 0: no effect, and next to no gradient."""
+    initial_mass: float | None = None
+    """Weight of the untrained prefix, in keys of score 0; None: as many as a head is wide, which is what the published
+    map gives one key. A light prefix learns slowly; one of 0 has no effect, and next to no gradient."""
     seed: int = 0
     """Seed of the untrained prefix and of random features."""
 
@@ -118,8 +119,8 @@ class Config:
             raise ValueError(f"per must be 'query_head' or 'key_head', got {self.per!r}.")
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"rank must be at least 1, or None; got {self.rank}.")
-        if self.initial_mass < 0:
-            raise ValueError(f"initial_mass must be at least 0, got {self.initial_mass}.")
+        if self.initial_mass is not None and self.initial_mass < 0:
+            raise ValueError(f"initial_mass must be at least 0, or None; got {self.initial_mass}.")
         for name in ("layers", "heads"):  # JSON has lists
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
