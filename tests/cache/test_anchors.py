@@ -186,12 +186,12 @@ def names(pool, placeholder="question"):
 
 def test_the_least_used_of_the_five_oldest_goes_and_never_the_new_one():
     pool = filled(AnchorPool(max_anchors=7), range(7))
-    for number in (0, 1, 3, 4):
+    for number in (0, 0, 1, 2, 3, 4):
         pool.credit([pool.anchors("question")[number]], torch.ones(1), 0.9)
-    filled(pool, [7])  # 2 is unused; 5 and 6 are too, but not among the five oldest
-    assert names(pool) == [0, 1, 3, 4, 5, 6, 7]
-    filled(pool, [8])  # oldest five: 0, 1, 3, 4, 5
-    assert names(pool) == [0, 1, 3, 4, 6, 7, 8]
+    filled(pool, [7])  # of the oldest five 1 is used least and oldest; 5 and 6 are used less, but younger
+    assert names(pool) == [0, 2, 3, 4, 5, 6, 7]
+    filled(pool, [8])  # now 5 is one of the five
+    assert names(pool) == [0, 2, 3, 4, 6, 7, 8]
     assert pool.evictions == 2
     assert len(pool) == pool.max_anchors
     filled(pool, [9], placeholder="other")  # each placeholder has its own limit
