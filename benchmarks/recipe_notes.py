@@ -86,4 +86,16 @@ NOTES: dict[str, tuple[str, ...]] = {
         """All methods keep equally many bytes. Bytes fall with the share kept, times less, as a step has a part that
         does not read keys.""",
     ),
+    "kvcomm": (
+        """Turning keys to their new places is the large step; offsets from anchors halve what is left, and must be the
+        agent's own. Two parts of the method earn nothing here: weights by likeness are no better than a mean, and
+        neither the entropy rule nor the error of the second layer's keys tells good estimates from bad ones. How many
+        anchors there are does matter: one is no better than none. So an agent reuses here only once it knows twelve;
+        by the published rule, which on a model as small as this is not saturated, two suffice, and it then asks for a
+        new anchor in two of three prefills.""",
+        """Computing a seventh of the tokens anew, as CacheBlend does, comes nearer to dense prefill by another factor
+        of eight, with or without offsets. The times say what that costs. Texts that no agent has seen before must be
+        encoded alone first, which pays from about 700 bytes on if only one agent reads them; the answers that agents
+        generate bring their keys along.""",
+    ),
 }

@@ -80,7 +80,7 @@ def reproduce(options: Options) -> dict[str, Any]:
                 runs(rule, seed, setting, partial(_stream, base, config, rule, problems, document, seed))
             )
         for length in lengths:
-            setting = {"model": base.folder.name, "document": length, "config": repr(rules[OURS])}
+            setting = {"model": base.folder.name, "document": length, "config": repr(rules[OURS]), "blend": _SHARE}
             run = runs(
                 "first token", seed, setting, partial(_first_token, base, length, seed, *((2, 1) if quick else (8, 9)))
             )
@@ -248,7 +248,7 @@ def _first_token(base: BaseModel, length: int, seed: int, anchors: int, repeats:
     """CPU seconds of the thread until the first new token is known, for the critic; prompt tokens."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    agents = _agents(base, Config(header="\n", min_anchors=1))
+    agents = _agents(base, Config(header="\n", min_anchors=1, recompute=_SHARE))
     problems = _texts(base, anchors + 1, length, seed)
     for number, texts in enumerate(problems):
         prefill = agents["reader"].prefill(_given(agents["reader"], texts), mode="dense")
@@ -257,9 +257,9 @@ def _first_token(base: BaseModel, length: int, seed: int, anchors: int, repeats:
     for texts in problems:
         critic.prefill(_given(critic, texts), mode="learn")
     given = _given(critic, last)
-    seconds: dict[str, list[float]] = {"dense": [], "reuse": [], "alone": []}
+    seconds: dict[str, list[float]] = {"dense": [], "reuse": [], "blend": [], "alone": []}
     for _ in range(repeats):
-        for mode in ("dense", "reuse"):
+        for mode in ("dense", "reuse", "blend"):
             seconds[mode].append(_timed(base, critic, given, mode))
         new = {name: Content(text.ids, None) if text.origin == "alone" else text for name, text in given.items()}
         seconds["alone"].append(_timed(base, critic, new, "reuse"))

@@ -30,6 +30,11 @@ UNMOVED, ALIGNED, OURS, MEAN = "no re-positioning", "re-aligned, no offsets", "K
 WRONG, ONE, BLEND, BOTH = "another agent's offsets", "one anchor", "CacheBlend-like", "KVCOMM and CacheBlend"
 WAYS = (UNMOVED, ALIGNED, OURS, MEAN, WRONG, ONE, BLEND, BOTH)
 PUBLISHED = "published rule"
+_TIMED = {
+    "reuse": "texts known",
+    "blend": "texts known, 15% computed anew",
+    "alone": "question and chunk new",
+}
 
 
 class KVCommReport(Report):
@@ -79,7 +84,7 @@ class KVCommReport(Report):
                 self.record(OURS, f"rank correlation of {words} with divergence", value, repeats=len(signs))
         for length in self.lengths:
             prompt = statistics.fmean(run["prompt"] for run in self.times[length])
-            for how, words in (("reuse", "texts known"), ("alone", "question and chunk new")):
+            for how, words in _TIMED.items():
                 name = f"first token, dense time over reused, chunk of {length} (prompt of {prompt:.0f})"
                 self._mean(words, name, self.gains(length, how))
 
@@ -134,7 +139,7 @@ class KVCommReport(Report):
         )
         left.set(xscale="log", xlabel="divergence from dense prefill, nats")
         left.invert_yaxis()
-        for how, label in (("reuse", "texts known to the agents"), ("alone", "question and chunk new")):
+        for how, label in _TIMED.items():
             gains = [mean_and_error(self.gains(length, how)) for length in self.lengths]
             right.errorbar(
                 self.lengths, [m for m, _ in gains], yerr=[e for _, e in gains], marker="o", ms=3, label=label
