@@ -94,7 +94,8 @@ NOTES: dict[str, tuple[str, ...]] = {
         by the published rule, which on a model as small as this is not saturated, two suffice, and it then asks for a
         new anchor in two of three prefills.""",
         """Computing a seventh of the tokens anew, as CacheBlend does, comes nearer to dense prefill by another factor
-        of eight, with or without offsets. The times say what that costs. Texts that no agent has seen before must be
+        of eight, with or without offsets. On four layers it costs nearly as much as a dense prefill, since one of them
+        is run for all tokens to choose which; on thirty it would not. Texts that no agent has seen before must be
         encoded alone first, which pays from about 700 bytes on if only one agent reads them; the answers that agents
         generate bring their keys along.""",
     ),

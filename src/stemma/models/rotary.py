@@ -23,7 +23,7 @@ from stemma.errors import UnsupportedModelError
 from stemma.models.adapter import base_model
 from stemma.models.forward import dynamic_rope_limit
 
-__all__ = ["LayerRotation", "Rotations", "cached_states", "encode", "find_rotations", "plain_cache"]
+__all__ = ["LayerRotation", "Rotations", "cached_states", "encode", "few_logits", "find_rotations", "plain_cache"]
 
 _TOKENS = 12
 _FAR = 1021
@@ -99,23 +99,23 @@ def encode(model: Any, ids: Sequence[int], above: Sequence[States] = (), start: 
     cache = plain_cache(above)
     before = above[0].key.shape[2] if above else 0
     start = before if start is None else start
-    extra: dict[str, Any] = {}
-    if "logits_to_keep" in inspect.signature(inner.forward).parameters and not _shares_layers(inner):
-        extra["logits_to_keep"] = 1
     model(
         input_ids=torch.tensor([list(ids)], device=device),
         position_ids=torch.arange(start, start + len(ids), device=device)[None],
         attention_mask=torch.ones(1, before + len(ids), dtype=torch.int64, device=device),
         past_key_values=cache,
         use_cache=True,
-        **extra,
+        **few_logits(inner),
     )
     return cache
 
 
-def _shares_layers(model: PreTrainedModel) -> bool:
-    """Such types skip, in their last layers, positions whose logits nobody asks for."""
-    return bool(getattr(model.config.get_text_config(), "num_kv_shared_layers", 0))
+def few_logits(inner: PreTrainedModel) -> dict[str, Any]:
+    """The argument of a forward that is made for its cache only: logits of one position, where the type can do that."""
+    # Types whose last layers share keys skip there, too, positions whose logits nobody asks for.
+    shares = getattr(inner.config.get_text_config(), "num_kv_shared_layers", 0)
+    spares = not shares and "logits_to_keep" in inspect.signature(inner.forward).parameters
+    return {"logits_to_keep": 1} if spares else {}
 
 
 @torch.no_grad()

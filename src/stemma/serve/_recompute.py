@@ -19,7 +19,7 @@ from stemma.cache.offsets import Layers
 from stemma.cache.states import States
 from stemma.errors import UnsupportedModelError
 from stemma.models.adapter import base_model
-from stemma.models.rotary import cached_states, plain_cache
+from stemma.models.rotary import cached_states, few_logits, plain_cache
 
 __all__ = ["key_errors", "recompute", "second_layer", "windows"]
 
@@ -53,6 +53,7 @@ def _rerun(model: Any, ids: Sequence[int], positions: Tensor, cache: DynamicCach
         attention_mask=mask[None, None],
         past_key_values=cache,
         use_cache=True,
+        **few_logits(inner),
     )
 
 
