@@ -350,7 +350,8 @@ class _Report(Report):
                     axis.errorbar(sizes, means, bars, marker="o", capsize=3, color=f"C{index}", label=method)
             axis.set(title=task, xlabel="numbers in the state of a layer", ylabel="accuracy, held-out rows")
         for name, seconds in self.times["times"].items():
-            axes[-1].loglog(self.times["lengths"], [1000 * s for s in seconds], marker="o", label=name)
+            color = f"C{list(_METHODS).index(name)}"
+            axes[-1].loglog(self.times["lengths"], [1000 * s for s in seconds], marker="o", color=color, label=name)
         axes[-1].set(title="attention of one layer, one thread", xlabel="tokens of the prompt", ylabel="ms")
         axes[-1].set_xticks(self.times["lengths"], map(str, self.times["lengths"]))
         axes[-1].minorticks_off()
