@@ -13,6 +13,7 @@ from stemma.models.census.configs import randomize_
 from stemma.models.rotary import cached_states, encode
 from stemma.models.tiny import byte_tokenizer, tiny_model
 from stemma.serve.kvcomm import Config, KVComm
+from stemma.tune.ntk_attention import attach, disable_adapter
 
 transformers.logging.set_verbosity_error()
 
@@ -263,15 +264,15 @@ def test_adapters_belong_to_the_fingerprint():
     assert agent.prefill(texts(comm)).mode == "reuse"
 
 
-def test_learned_prefixes_belong_to_the_fingerprint():
-    from stemma.tune.ntk_attention import attach, disable_adapter
-
-    comm = KVComm(attach(tiny_model("llama", vocab_size=258)), byte_tokenizer())
-    agent = comm.agent("ask", ASK)
-    agent.prefill(texts(comm))
-    with disable_adapter(comm.model), pytest.raises(InvalidBatchError, match="another adapters"):
-        agent.prefill(texts(comm))
-    assert agent.prefill(texts(comm)).mode == "reuse"
+def test_learned_prefixes_are_refused_when_made_and_later():
+    model = attach(tiny_model("llama", vocab_size=258))
+    with pytest.raises(UnsupportedModelError, match="learned prefix without keys"):
+        KVComm(model, byte_tokenizer())
+    with disable_adapter(model):
+        agent = KVComm(model, byte_tokenizer()).agent("ask", ASK)
+        assert agent.prefill({"document": DOCUMENT, "question": QUESTION}).mode == "dense"
+    with pytest.raises(InvalidBatchError, match="another adapters"):
+        agent.prefill({"document": DOCUMENT, "question": QUESTION})
 
 
 def test_threads_share_agents_and_pool():

@@ -22,6 +22,7 @@ from stemma.cache.states import States
 from stemma.errors import UnsupportedModelError
 from stemma.models.adapter import base_model
 from stemma.models.forward import dynamic_rope_limit
+from stemma.models.layer_attention import KERNEL_PREFIX
 
 __all__ = ["LayerRotation", "Rotations", "cached_states", "encode", "few_logits", "find_rotations", "plain_cache"]
 
@@ -162,6 +163,12 @@ def _refuse_unsuitable(inner: PreTrainedModel, label: str, model: Any) -> None:
         raise UnsupportedModelError(
             f"{label} has a learned prefix of peft before every sequence; moved keys would carry it along. Merge or "
             "disable the adapter."
+        )
+    prefixes = [module._modules.get(KERNEL_PREFIX) for module in inner.modules()]
+    if any(getattr(prefix, "active", ()) for prefix in prefixes):
+        raise UnsupportedModelError(
+            f"{label} has a learned prefix without keys, which answers a query by its place in the prompt, so nothing "
+            "computed at one place holds at another. Disable the adapter."
         )
     try:
         own = DynamicCache(config=inner.config.get_text_config(decoder=True)).layers
