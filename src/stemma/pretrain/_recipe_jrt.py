@@ -278,7 +278,10 @@ class _Report(Report):
             mean, error = mean_and_error(self._means(task, method, [f]))
             self.points.setdefault((task, method), []).append((setting.state_size(f), mean, error))
         for task in dict.fromkeys(task for task, _, _ in self.accuracies):
-            for method, claim in (("JRT-Prompt", "reading twice recalls more"), ("JRT-RNN", "encoding both ways does")):
+            for method, claim in (
+                ("JRT-Prompt", "reading twice recalls more"),
+                ("JRT-RNN", "encoding both ways recalls more"),
+            ):
                 self._claim(task, method, claim, self._means(task, method, sizes), self._means(task, "causal", sizes))
         task = Disjointness().name
         gaps = {method: self._gaps(task, method, sizes) for method in ("causal", "JRT-Prompt", "JRT-RNN")}
