@@ -11,6 +11,7 @@ from stemma.models.census import build, model_types
 from stemma.models.census.decoding import decode_difference
 from stemma.models.census.measure import KeepDouble
 from stemma.models.shared_cache import SharedPrefixCache
+from stemma.models.tiny import tiny_model
 
 transformers.logging.set_verbosity_error()
 
@@ -224,6 +225,17 @@ def test_rows_take_their_padding_with_them():
         short.reorder_cache(torch.tensor([1]))
         with pytest.raises(stemma.InvalidBatchError, match="different lengths"):
             model(ids[1:], past_key_values=short, use_cache=True)
+
+
+def test_chunks_are_counted_from_the_first_token_of_a_row():
+    """No row is longer than a chunk, so chunked attention is causal, if one does not count the padding."""
+    options = {"attention_chunk_size": 32, "num_local_experts": 2, "moe_layers": [], "attn_temperature_tuning": False}
+    model = stemma.enable(tiny_model("llama4_text", vocab_size=64, **options).double())
+    rows = [[5, 6, 7], list(range(2, 30))]
+    mask = torch.tensor([[0] * 25 + [1] * 3, [1] * 28])
+    got = step(model, SharedPrefixCache.of(model, rows), torch.tensor([[7], [29]]), mask)
+    for row, logits in zip(rows, got, strict=True):
+        torch.testing.assert_close(logits[-1], model(torch.tensor([row])).logits[0, -1], rtol=0, atol=1e-12)
 
 
 def test_gradients_are_refused():
