@@ -17,8 +17,8 @@ import numpy as np
 __all__ = ["CALL_BYTES", "PrefixNodes", "Rectangle", "SharingPlan", "plan_sharing"]
 
 CALL_BYTES = 1 << 20
-"""Bytes of keys and values whose reading takes as long as one more kernel call and merge (measured on one CPU core while
-a model decodes, which leaves neither keys nor instructions in its caches: about 100 microseconds)."""
+"""Bytes of keys and values whose reading takes as long as one more kernel call and merge (measured on one CPU core
+while a model decodes, which leaves neither keys nor instructions in its caches: about 100 microseconds)."""
 
 
 @dataclass(frozen=True, eq=False)
