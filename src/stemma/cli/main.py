@@ -87,7 +87,7 @@ def _overview() -> str:
     lines = [
         "usage: stemma COMMAND [options]",
         "",
-        "Encode shared prefixes once when training language models.",
+        "Encode shared prefixes once when training language models and decoding with them.",
         "",
         "commands:",
         *(f"  {name:<{width}}  {summary}" for name, summary in known.items()),
