@@ -160,7 +160,7 @@ class _Report(Report):
             axis.set_xticks(self.lengths, map(str, self.lengths))
             axis.minorticks_off()
             axis.grid(alpha=0.25)
-        axes[0].legend(fontsize=8)
+        axes[0].legend(fontsize=8, loc="lower left")
         figure.suptitle(self.title, fontsize=10)
         temporary = path.with_name(f".{path.stem}.tmp.png")
         figure.savefig(temporary, dpi=90, metadata={"Software": None})
