@@ -254,6 +254,7 @@ class CompressedCache(RowsCache):
         answer: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Attention of a layer's new tokens; see :class:`stemma.models.masks.ReadingCache`."""
+        self.check_module(module)
         if any(x.requires_grad for x in (query, key, value)):
             raise UnsupportedModelError("a compressed cache has no gradients; use it under torch.no_grad().")
         if answer is not None:

@@ -6,6 +6,7 @@ A layer that updates but does not attend through the marker would silently ignor
 name.
 """
 
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,7 @@ class RowsCache(Cache):
         """Layer that has put its keys here and not yet attended."""
         self.label = f"{type(inner).__name__} (model type '{config.model_type}')"
         self._loss = loss
+        self._modules = frozenset(inner.modules())
 
     @property
     def lengths(self) -> np.ndarray:
@@ -157,6 +159,27 @@ class RowsCache(Cache):
                 f"layer {self.unread} of {self.label} put its keys into the cache but did not attend through it, "
                 f"{self._loss}."
             )
+
+    def check_module(self, module: nn.Module) -> None:
+        """Refuse the attention of another model.
+
+        Raises:
+            InvalidBatchError: names both.
+        """
+        if module not in self._modules:
+            raise InvalidBatchError(
+                f"the cache was made with another model ({self.label}) than the one that reads it with "
+                f"{type(module).__name__}. A copy is another model; make the cache with the one that decodes."
+            )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RowsCache":
+        """A cache that goes on by itself, of the same model: copying a cache that holds a prompt, for each of many
+        continuations, is a habit of users of transformers."""
+        memo.update((id(module), module) for module in self._modules)
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(deepcopy(self.__dict__, memo))
+        return twin
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows."""

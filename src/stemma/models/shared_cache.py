@@ -184,6 +184,7 @@ class SharedPrefixCache(RowsCache):
         answer: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Attention of a layer's new tokens; see :class:`stemma.models.masks.ReadingCache`."""
+        self.check_module(module)
         if torch.is_grad_enabled():
             if any(x.requires_grad for x in (query, key, value, *(answer or ()))):
                 raise UnsupportedModelError(
