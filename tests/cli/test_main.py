@@ -52,6 +52,8 @@ def main(config):
         raise InvalidDataError("line 3 has no reward; add one.")
     if config.action == "crash":
         raise RuntimeError("a bug")
+    if config.action == "write":
+        (config.folder / "missing" / "file").write_text("")
     if config.action == "interrupt":
         raise KeyboardInterrupt
     if config.action == "status":
@@ -181,6 +183,13 @@ def test_a_bare_status_is_the_exit_status(capsys: pytest.CaptureFixture[str]) ->
 def test_a_named_error_is_one_message(capsys: pytest.CaptureFixture[str]) -> None:
     assert dispatcher.main(["trial-run", "--action", "fail"]) == 1
     assert capsys.readouterr().err == "stemma trial-run: line 3 has no reward; add one.\n"
+
+
+def test_a_file_that_cannot_be_opened_is_one_message(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert dispatcher.main(["trial-run", "--action", "write", "--folder", str(tmp_path)]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("stemma trial-run: ") and message.count("\n") == 1
+    assert str(tmp_path / "missing" / "file") in message
 
 
 def test_a_named_error_in_json(capsys: pytest.CaptureFixture[str]) -> None:

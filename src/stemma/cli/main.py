@@ -124,7 +124,9 @@ def _run(name: str, arguments: list[str]) -> int:
         else:
             with contextlib.redirect_stdout(sys.stderr):
                 result = module.main(config)
-    except StemmaError as error:
+    except (StemmaError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is None:  # not about a file: a closed pipe, or a bug
+            raise
         if os.environ.get("STEMMA_TRACEBACK", "0") not in ("", "0"):
             traceback.print_exc()
         print(f"stemma {name}: {error}", file=sys.stderr)

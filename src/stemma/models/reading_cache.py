@@ -157,7 +157,7 @@ class RowsCache(Cache):
         if self.unread is not None:
             raise UnsupportedModelError(
                 f"layer {self.unread} of {self.label} put its keys into the cache but did not attend through it, "
-                f"{self._loss}."
+                f"{self._loss}. (After stemma.disable, no layer finds it.)"
             )
 
     def check_module(self, module: nn.Module) -> None:
