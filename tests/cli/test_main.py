@@ -188,7 +188,8 @@ def test_a_named_error_is_one_message(capsys: pytest.CaptureFixture[str]) -> Non
 def test_a_file_that_cannot_be_opened_is_one_message(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert dispatcher.main(["trial-run", "--action", "write", "--folder", str(tmp_path)]) == 1
     message = capsys.readouterr().err
-    assert message.startswith("stemma trial-run: ") and message.count("\n") == 1
+    assert message.startswith("stemma trial-run: ")
+    assert message.count("\n") == 1
     assert str(tmp_path / "missing" / "file") in message
 
 
