@@ -1,7 +1,6 @@
 """The compressed cache on whole models: against one plain forward in which each layer masks what it dropped."""
 
 from contextlib import contextmanager
-from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -387,22 +386,6 @@ def test_layers_without_keys_are_refused_by_name():
     model.config.layer_types = ["full_attention", "linear_attention"]
     with pytest.raises(stemma.UnsupportedModelError, match=r"layer 1 of LlamaForCausalLM .* linear_attention"):
         CompressedCache.prefill(model, rows_of(2, [8]))
-
-
-def test_another_model_does_not_read_the_cache():
-    cache = CompressedCache.prefill(decoder(LLAMA), rows_of(1, [8]))
-    with pytest.raises(stemma.InvalidBatchError, match="made with another model"), torch.no_grad():
-        decoder(LLAMA)(torch.tensor([[1]]), attention_mask=torch.ones(1, 9), past_key_values=cache)
-
-
-def test_a_copied_cache_goes_on_by_itself_with_the_same_model():
-    model = decoder(LLAMA)
-    cache = CompressedCache.prefill(model, rows_of(1, [8]))
-    twin, mask, next_ids = deepcopy(cache), torch.ones(1, 10), torch.tensor([[1, 2]])
-    with torch.no_grad():
-        first = model(next_ids, attention_mask=mask, past_key_values=twin).logits
-        assert cache.get_seq_length() == 8
-        assert torch.equal(model(next_ids, attention_mask=mask, past_key_values=cache).logits, first)
 
 
 def test_a_learned_prefix_is_refused():

@@ -1,7 +1,5 @@
 """The cache of shared prefixes: exact logits on every supported type, its contract, and its guards."""
 
-from copy import deepcopy
-
 import numpy as np
 import pytest
 import torch
@@ -270,22 +268,3 @@ def test_a_mask_of_another_forward_in_between_is_not_taken_for_the_caches():
         expected = model(torch.tensor([[5, 6]])).logits
         cache.get_mask_sizes(1, 0)
         assert torch.equal(model(torch.tensor([[5, 6]])).logits, expected)
-
-
-def test_another_model_does_not_read_the_cache():
-    model, copy = decoder(), decoder()  # equal weights, other modules
-    cache = SharedPrefixCache.of(model, [[5, 6, 7]])
-    with pytest.raises(stemma.InvalidBatchError, match="made with another model"):
-        copy.generate(torch.tensor([[5, 6, 7]]), past_key_values=cache, max_new_tokens=2)
-
-
-def test_a_copied_cache_goes_on_by_itself_with_the_same_model():
-    model, row = decoder(), [[5, 6, 7], [5, 6, 8]]
-    cache = SharedPrefixCache.of(model, row)
-    twin = deepcopy(cache)
-    ids = torch.tensor(row)
-    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
-    first = model.generate(ids, past_key_values=twin, **options)
-    assert cache.get_seq_length() == 2
-    assert torch.equal(model.generate(ids, past_key_values=cache, **options), first)
-    assert torch.equal(first, model.generate(ids, **options))

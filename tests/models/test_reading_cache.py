@@ -1,0 +1,42 @@
+"""What caches that answer queries themselves have in common: whose they are, and copies of them."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+
+import stemma
+from decoders import decoder
+from stemma.models.compressed_cache import CompressedCache
+from stemma.models.shared_cache import SharedPrefixCache
+
+ROWS = [[5, 6, 7], [5, 6, 8]]
+CACHES = pytest.mark.parametrize("make", [SharedPrefixCache.of, CompressedCache.prefill])
+
+
+def options(make, model):
+    """Rows to feed behind what the cache of `ROWS` holds, which is all tokens or all but the last."""
+    cache = make(model, ROWS)
+    ids = torch.tensor([[*row, 1] for row in ROWS])
+    return cache, {"input_ids": ids[:, cache.get_seq_length() :], "attention_mask": torch.ones_like(ids)}
+
+
+@CACHES
+def test_another_model_does_not_read_the_cache(make):
+    cache, inputs = options(make, decoder())
+    with pytest.raises(stemma.InvalidBatchError, match="made with another model"), torch.no_grad():
+        decoder()(**inputs, past_key_values=cache)  # equal weights, other modules
+
+
+@CACHES
+def test_a_copied_cache_goes_on_by_itself_with_the_same_model(make):
+    model = decoder()
+    cache, inputs = options(make, model)
+    seen = cache.get_seq_length()
+    twin = deepcopy(cache)
+    with torch.no_grad():
+        logits = model(**inputs, past_key_values=twin).logits
+        assert (cache.get_seq_length(), twin.get_seq_length()) == (seen, 4)
+        assert torch.equal(model(**inputs, past_key_values=cache).logits, logits)
+        expected = model(torch.tensor([[*row, 1] for row in ROWS])).logits[:, -1]
+    torch.testing.assert_close(logits[:, -1], expected, rtol=0, atol=1e-4)
