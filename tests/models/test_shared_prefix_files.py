@@ -203,3 +203,15 @@ def test_any_changed_number_changes_the_digest(place, dtype):
     weight[index] = torch.nextafter(weight[index], torch.tensor(9.0, dtype=dtype))
     after = fingerprint(model)
     assert {name for name in before if before[name] != after[name]} == {"weights"}
+
+
+@given(st.integers(0, 10**9), st.integers(1, 10**9))
+def test_the_same_numbers_in_other_places_change_the_digest(place, distance):
+    model = stemma.models.tiny.tiny_model(hidden_size=8, num_attention_heads=2, vocab_size=16)
+    before = fingerprint(model)["weights"]
+    weight = model.get_input_embeddings().weight.data.view(-1)
+    one = place % weight.numel()
+    other = (one + 1 + distance % (weight.numel() - 1)) % weight.numel()
+    assert weight[one] != weight[other]
+    weight[[one, other]] = weight[[other, one]]
+    assert fingerprint(model)["weights"] != before

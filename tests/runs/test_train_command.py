@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, CodeGenConfig, CodeGenForCausalLM
 
 from stemma.cli.main import main
 from stemma.data import diallock
@@ -200,6 +200,22 @@ def test_bad_flags_are_refused_before_any_work(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--router-aux-loss-coef", "0.1"], "LlamaForCausalLM, which has no router"),
+        (["--shots", "100"], "exceeds the model's 2048 positions"),
+    ],
+)
+def test_what_reinforcement_cannot_do_is_refused_before_the_supervised_steps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    status, shown = refused(capsys, "--output-dir", str(tmp_path / "run"), "--sft-steps", "1", *flags)
+    assert status == 1
+    assert message in shown
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 # ---------------------------------------------------------------------------------------------- a checkpoint
 
 
@@ -263,6 +279,22 @@ def test_a_data_file_that_cannot_be_used_is_named_with_its_line(
         status, shown = refused(capsys, "--output-dir", str(tmp_path / message[:6]), *flags)
         assert status == 1
         assert message in shown
+
+
+def test_a_model_that_cannot_share_is_refused_before_the_supervised_steps(
+    tmp_path: Path, checkpoint: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """CodeGen computes its attention without transformers' dispatch."""
+    folder = tmp_path / "codegen"
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint[1])
+    config = CodeGenConfig(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=4, rotary_dim=4, n_positions=1024)
+    CodeGenForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    flags = ["--model", str(folder), *checkpoint[2:], "--sft-steps", "1", "--max-steps", "1"]
+    status, shown = refused(capsys, "--output-dir", str(tmp_path / "run"), *flags)
+    assert status == 1
+    assert "codegen" in shown
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_a_run_refused_before_it_began_can_be_started_again(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from stemma.cli._train_jobs import Job, checkpoint_job, diallock_job
 from stemma.cli.train import grpo_options
 from stemma.data.traces import read_traces
 from stemma.errors import MissingExtraError, StemmaError
-from stemma.models.rollout import Generator, LocalGenerator
+from stemma.models.adapter import base_model
+from stemma.models.rollout import Generator, LocalGenerator, check_prompts
 from stemma.models.server import ServerGenerator
 from stemma.rl import grpo, pppo, prefix_rft, prefix_rl, tempo
 from stemma.train import checkpoint, sft
@@ -48,6 +49,7 @@ class Run:
         self.model = _with_adapter(self.job.model, config)
         try:
             self.seams = self._seams()
+            self._check()
         except StemmaError:
             raise
         except ValueError as error:  # options that do not go together
@@ -197,6 +199,19 @@ class Run:
             )
             found["reward_funcs"] = prefix_rl.rewards_by_kind(self.job.reward)
         return found
+
+    def _check(self) -> None:
+        """Refuse before the supervised steps what GRPO would refuse after them.
+
+        Raises:
+            ValueError: see `grpo.check`.
+            InvalidBatchError: a held-out prompt, or one of the first, that leaves no room for its completions.
+        """
+        config = self.config
+        grpo.check(self.model, grpo_options(config), generator=self.seams["generator"], accelerator=self.accelerator)
+        rows = [*self.job.eval_rows, *self.job.prompts(0, 64)]
+        prompts = [list(row["prompt_ids"]) for row in rows]
+        check_prompts(base_model(self.model), prompts, config.max_completion_length or 1)
 
     def _generator(self) -> Generator:
         """What samples: the model in this process, or a server."""

@@ -19,7 +19,25 @@ from stemma.rl._shared import RolloutBatch
 from stemma.train.distributed import max_over_processes, sum_over_processes
 from stemma.train.sharding import full_tensor
 
-__all__ = ["Pass", "Policy", "comparison"]
+__all__ = ["Pass", "Policy", "comparison", "router_aux_loss_coef"]
+
+
+def router_aux_loss_coef(model: nn.Module, config: Config) -> float:
+    """The weight of a mixture-of-experts model's balancing loss, 0 for a model without a router.
+
+    Raises:
+        ValueError: the config gives a weight, and the model has no router.
+    """
+    text_config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    if hasattr(text_config, "output_router_logits"):
+        given = config.router_aux_loss_coef
+        return getattr(text_config, "router_aux_loss_coef", 0.0) if given is None else given
+    if config.router_aux_loss_coef:
+        raise ValueError(
+            f"router_aux_loss_coef must be None or 0 for {type(model).__name__}, which has no router; got "
+            f"{config.router_aux_loss_coef}"
+        )
+    return 0.0
 
 
 class Policy:
@@ -27,17 +45,7 @@ class Policy:
 
     def __init__(self, model: nn.Module, config: Config, accelerator: Any) -> None:
         self.model, self.config, self.accelerator = model, config, accelerator
-        text_config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
-        has_router = hasattr(text_config, "output_router_logits")
-        coefficient = config.router_aux_loss_coef
-        if coefficient and not has_router:
-            raise ValueError(
-                f"router_aux_loss_coef must be None or 0 for {type(model).__name__}, which has no router; got "
-                f"{coefficient}"
-            )
-        if coefficient is None:
-            coefficient = getattr(text_config, "router_aux_loss_coef", 0.0) if has_router else 0.0
-        self.router_aux_loss_coef = coefficient
+        self.router_aux_loss_coef = router_aux_loss_coef(model, config)
 
     @torch.no_grad()
     def score(

@@ -29,7 +29,7 @@ from typing import Any
 from torch import nn
 
 from stemma.errors import InvalidDataError
-from stemma.models.adapter import enable
+from stemma.models.adapter import base_model, enable
 from stemma.models.rollout import Generator, LocalGenerator
 from stemma.models.scoring import Mode
 from stemma.rl._config import Config
@@ -50,10 +50,11 @@ from stemma.rl._shared import (
     independent_samples,
     sample,
 )
-from stemma.rl._update import Pass, Policy, comparison
+from stemma.rl._update import Pass, Policy, comparison, router_aux_loss_coef
 from stemma.train.distributed import broadcast_parameters, sum_gradients, sum_over_processes
 from stemma.train.optimizer import adamw, apply_gradients, schedule
 from stemma.train.sharding import (
+    check_sharding,
     fsdp_plugin,
     full_optimizer_state_dict,
     is_sharded,
@@ -61,7 +62,40 @@ from stemma.train.sharding import (
     shard,
 )
 
-__all__ = ["Config", "RolloutBatch", "ShuffledRows", "Trainer", "end_token_ids", "soft_overlong_punishment"]
+__all__ = ["Config", "RolloutBatch", "ShuffledRows", "Trainer", "check", "end_token_ids", "soft_overlong_punishment"]
+
+
+def check(model: nn.Module, config: Config, *, generator: Generator | None = None, accelerator: Any) -> None:
+    """Refuse what a `Trainer` of these parts cannot do, for callers with work to do before they make one.
+
+    The model is enabled for shared prefixes where the config has them.
+
+    Raises:
+        UnsupportedModelError: the model cannot run over prefix trees.
+        ValueError: options that do not go with the model, the generator or the way that processes were launched.
+        StemmaError: see `stemma.train.sharding.check_sharding`.
+    """
+    sampled_at = getattr(generator, "temperature", config.temperature)
+    if sampled_at != config.temperature and not config.importance_sampling_correction:
+        raise ValueError(
+            f"the generator samples at temperature {sampled_at} and the trainer scores at {config.temperature}: "
+            "make them equal, or set importance_sampling_correction=True"
+        )
+    router_aux_loss_coef(model, config)
+    if config.gradient_checkpointing and not getattr(base_model(model), "supports_gradient_checkpointing", False):
+        raise ValueError(f"{type(base_model(model)).__name__} has no gradient checkpointing; leave the option out")
+    plugin = fsdp_plugin(accelerator)
+    if plugin is not None:
+        check_sharding(plugin, model)
+        if config.max_tokens is not None:
+            raise ValueError(
+                "max_tokens streams trees in another number of forwards on each process, and FSDP needs the same "
+                "number everywhere; drop max_tokens, or lower per_device_train_batch_size where memory is short"
+            )
+        if getattr(generator, "weights", None) == "sync":
+            raise ValueError("weights='sync' sends whole models, and FSDP divides this one; use weights='fixed'")
+    if config.shared_prefix or config.compare_every:
+        enable(model)
 
 
 class Trainer:
@@ -110,12 +144,7 @@ class Trainer:
                 f"reward_weights must have one entry per reward function, got {len(weights)} for {len(functions)} "
                 "functions"
             )
-        sampled_at = getattr(generator, "temperature", config.temperature)
-        if sampled_at != config.temperature and not config.importance_sampling_correction:
-            raise ValueError(
-                f"the generator samples at temperature {sampled_at} and the trainer scores at {config.temperature}: "
-                "make them equal, or set importance_sampling_correction=True"
-            )
+        check(model, config, generator=generator, accelerator=self.accelerator)
         generator = generator or LocalGenerator(
             eos_token_id=end_token_ids(model, processing_class),
             temperature=config.temperature,
@@ -129,11 +158,12 @@ class Trainer:
             self.ref_model = copy.deepcopy(model)
         if self.ref_model is not None:
             self.ref_model = self.ref_model.to(self.accelerator.device).eval().requires_grad_(False)
-        for each in (self.model, self.ref_model):
-            if each is not None and (config.shared_prefix or config.compare_every):
-                enable(each)
+        if self.ref_model is not None and (config.shared_prefix or config.compare_every):
+            enable(self.ref_model)
         if fsdp_plugin(self.accelerator) is not None:
-            self._shard(generator)
+            for each in (self.model, self.ref_model):
+                if each is not None:
+                    shard(self.accelerator, each)
         self.policy = Policy(self.model, config, self.accelerator)
         if config.gradient_checkpointing:
             # transformers 5.23 renamed the method and will drop the old name in version 6.
@@ -165,19 +195,6 @@ class Trainer:
         )
         self.total_steps, self.completed_steps = config.max_steps, 0
         self._batch: RolloutBatch | None = None
-
-    def _shard(self, generator: Generator) -> None:
-        """Divide the parameters of the policy and its reference over processes."""
-        if self.config.max_tokens is not None:
-            raise ValueError(
-                "max_tokens streams trees in another number of forwards on each process, and FSDP needs the same "
-                "number everywhere; drop max_tokens, or lower per_device_train_batch_size where memory is short"
-            )
-        if getattr(generator, "weights", None) == "sync":
-            raise ValueError("weights='sync' sends whole models, and FSDP divides this one; use weights='fixed'")
-        for each in (self.model, self.ref_model):
-            if each is not None:
-                shard(self.accelerator, each)
 
     # ------------------------------------------------------------------ one step
 

@@ -30,6 +30,7 @@ from stemma.errors import StemmaError
 
 __all__ = [
     "check_plugin",
+    "check_sharding",
     "fsdp_plugin",
     "full_model_state_dict",
     "full_optimizer_state_dict",
@@ -82,16 +83,25 @@ def check_plugin(plugin: Any) -> None:
             raise StemmaError(f"fsdp_{name} must be false in the accelerate configuration: {reason}")
 
 
-def shard(accelerator: Any, model: nn.Module) -> None:
-    """Divide a model's parameters over all processes, in place; they are equal everywhere before.
+def check_sharding(plugin: Any, model: nn.Module) -> None:
+    """Refuse a plugin and a model that `shard` cannot work with.
 
     Raises:
         StemmaError: see `check_plugin`; or adapters in the model.
     """
-    plugin = fsdp_plugin(accelerator)
     check_plugin(plugin)
     if hasattr(model, "peft_config"):
         raise StemmaError("adapters do not go with FSDP: drop --use-peft, or launch with examples/accelerate/ddp.yaml")
+
+
+def shard(accelerator: Any, model: nn.Module) -> None:
+    """Divide a model's parameters over all processes, in place; they are equal everywhere before.
+
+    Raises:
+        StemmaError: see `check_sharding`.
+    """
+    plugin = fsdp_plugin(accelerator)
+    check_sharding(plugin, model)
     names = plugin.transformer_cls_names_to_wrap or getattr(model, "_no_split_modules", None) or ()
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     for module in list(model.modules()):
