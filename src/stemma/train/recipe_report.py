@@ -55,7 +55,7 @@ class Report:
         budget: sampled tokens over which the area under a curve is taken; None: it is not.
     """
 
-    caption = "pass@1 against tokens"
+    caption = "pass@1 against tokens; the band is one standard error to either side of the mean over seeds"
     """What the plot shows."""
 
     def __init__(self, name: str, title: str, about: Mapping[str, Any], budget: float | None = None) -> None:
@@ -172,7 +172,7 @@ class Report:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(10, 3.8), layout="constrained")
+        figure = Figure(figsize=(10, 4.4), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots(1, 2, sharey=True)
         for axis, x in zip(axes, ("sampled", "optimised"), strict=True):
@@ -180,15 +180,19 @@ class Report:
                 points = [[run["curve"][i] for run in runs] for i in range(min(len(run["curve"]) for run in runs))]
                 xs = [mean_and_error([p[x] for p in point])[0] / 1000 for point in points]
                 means, errors = zip(*(mean_and_error([p["pass@1"] for p in point]) for point in points), strict=True)
-                axis.plot(xs, means, marker="o", markersize=3, color=f"C{index}", label=method)
+                # A method without a curve is one point, which the beginning of another's curve must not cover.
+                style = {"marker": "o", "markersize": 3} if len(points) > 1 else {"marker": "D", "zorder": 5}
+                axis.plot(xs, means, color=f"C{index}", label=method, **style)
                 if len(runs) > 1:
                     low, high = ([m + s * e for m, e in zip(means, errors, strict=True)] for s in (-1, 1))
                     axis.fill_between(xs, low, high, color=f"C{index}", alpha=0.15, linewidth=0)
             axis.set_xlabel(f"{x} tokens (thousands)")
             axis.grid(alpha=0.25)
         axes[0].set_ylabel("pass@1 without prefix, held-out problems")
-        axes[0].legend(fontsize=8)
-        figure.suptitle(self.title, fontsize=10)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+        bands = any(len(runs) > 1 for runs in self.runs.values())
+        about = "\nmeans over seeds; a band is one standard error to either side" if bands else ""
+        figure.suptitle(f"{self.title}{about}", fontsize=10)
         temporary = path.with_name(f".{path.stem}.tmp.png")
         figure.savefig(temporary, dpi=90, metadata={"Software": None})
         os.replace(temporary, path)
