@@ -1,5 +1,7 @@
 """What caches that answer queries themselves have in common: whose they are, and copies of them."""
 
+import gc
+import weakref
 from copy import deepcopy
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 
 import stemma
 from decoders import decoder
+from stemma.models.census import build
 from stemma.models.compressed_cache import CompressedCache
 from stemma.models.shared_cache import SharedPrefixCache
 
@@ -40,3 +43,36 @@ def test_a_copied_cache_goes_on_by_itself_with_the_same_model(make):
         assert torch.equal(model(**inputs, past_key_values=cache).logits, logits)
         expected = model(torch.tensor([[*row, 1] for row in ROWS])).logits[:, -1]
     torch.testing.assert_close(logits[:, -1], expected, rtol=0, atol=1e-4)
+
+
+@CACHES
+def test_a_cache_ends_with_its_last_use(make):
+    model = decoder()
+    gc.disable()
+    try:
+        cache, inputs = options(make, model)
+        with torch.no_grad():
+            model(**inputs, past_key_values=cache)
+        alive = weakref.ref(cache)
+        twin = deepcopy(cache)
+        del cache
+        assert alive() is None
+        assert twin.layers[0].owner() is twin
+    finally:
+        gc.enable()
+
+
+@CACHES
+def test_rows_of_different_lengths_need_a_model_that_is_told_positions(make):
+    """`generate` hands positions over by name only, and would count these from the padding."""
+    model = stemma.enable(build("whisper", torch.float32))
+    rows, ids = [[5, 6, 7, 8], [9]], torch.tensor([[5, 6, 7, 8, 1], [0, 0, 0, 9, 1]])
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+
+    def go_on():
+        cache = make(model, rows)
+        model(input_ids=ids[:, cache.get_seq_length() :], attention_mask=mask, past_key_values=cache)
+
+    with pytest.raises(stemma.UnsupportedModelError, match="takes no position_ids"):
+        go_on()

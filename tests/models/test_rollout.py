@@ -5,6 +5,7 @@ from torch import nn
 import stemma
 from rollout_reference import EOS, PROMPTS, VOCAB, forward_alone, make, sample_alone
 from stemma.errors import InvalidBatchError, UnsupportedModelError
+from stemma.models.census import build
 from stemma.models.rollout import generate_groups
 from stemma.models.sampling import TokenSampler
 from stemma.models.tiny import tiny_model
@@ -259,3 +260,38 @@ def test_adapters_of_peft_are_part_of_the_policy():
         logits = forward_alone(adapted, prompt + completion)[len(prompt) - 1 : -1]
         expected = logits.log_softmax(-1)[range(5), completion]
         torch.testing.assert_close(value[0], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["trocr", "git", "bloom"])
+def test_lengths_of_other_prompts_change_nothing(model_type):
+    """These types take no positions, and some count them by column."""
+    model = build(model_type, torch.float32)
+    together = generate_groups(model, PROMPTS, num_generations=2, max_new_tokens=6, eos_token_id=None, seed=range(4))
+    for index, prompt in enumerate(PROMPTS):
+        alone = generate_groups(model, [prompt], num_generations=2, max_new_tokens=6, eos_token_id=None, seed=[index])
+        assert together.completions[index] == alone.completions[0]
+
+
+def test_an_adapter_of_learned_tokens_is_refused():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(make("llama"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    with pytest.raises(UnsupportedModelError, match="learned tokens in front of every prompt"):
+        generate_groups(model, PROMPTS, num_generations=1, max_new_tokens=2, eos_token_id=None)
+
+
+def test_a_model_that_cannot_keep_a_tree_repeats_its_prompts():
+    model = build("diffllama", torch.float32)
+    rollouts = generate_groups(model, PROMPTS, num_generations=1, max_new_tokens=4, eos_token_id=None, temperature=0)
+    for prompt, (completion,) in zip(PROMPTS, rollouts.completions):
+        ids = torch.tensor([prompt])
+        for _ in range(4):
+            ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+        assert completion == ids[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("model_type", ["falcon_h1", "rembert"])
+def test_caches_that_cannot_be_repeated_are_refused_by_name(model_type):
+    with pytest.raises(UnsupportedModelError, match="cannot be repeated"):
+        generate_groups(
+            build(model_type, torch.float32), PROMPTS, num_generations=1, max_new_tokens=2, eos_token_id=None
+        )

@@ -1,5 +1,7 @@
 """Scores and gradients over a tree against each sequence alone, on whole models, in float64."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -251,3 +253,23 @@ def test_enabling_leaves_the_ordinary_model_alone():
         )
     assert torch.equal(before, after)
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_forwards_of_other_threads_go_their_own_way():
+    """While the head is taken over for a score, another thread's forward of the same model has all its logits."""
+    model, tree = decoder(), random_tree()
+    ids = torch.tensor([[4, 8, 15, 16], [23, 42, 4, 8]])
+    found = []
+    plain_forward_of_model = threading.Thread(target=lambda: found.append(model(ids).logits.detach()))
+
+    def meanwhile(module, arguments, output):
+        if not found and threading.current_thread() is threading.main_thread():
+            plain_forward_of_model.start()
+            plain_forward_of_model.join()
+
+    expected = model(ids).logits.detach()
+    logprobs = stemma.score(model, tree).logprobs
+    handle = model.model.layers[0].register_forward_hook(meanwhile)
+    assert torch.equal(stemma.score(model, tree).logprobs, logprobs)
+    handle.remove()
+    assert torch.equal(found[0], expected)

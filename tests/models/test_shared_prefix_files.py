@@ -113,17 +113,20 @@ def test_prefixes_of_other_models_are_refused(saved, other, differing):
 def test_adapters_are_part_of_the_model(tmp_path):
     peft = pytest.importorskip("peft")
 
-    def adapted():
+    def adapted(alpha=8):
         with torch.random.fork_rng():
             torch.manual_seed(1)
-            options = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
-            return stemma.enable(peft.get_peft_model(decoder(), options).eval())
+            options = {"r": 2, "lora_alpha": alpha, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+            lora = peft.LoraConfig(**options, init_lora_weights=False)
+            return stemma.enable(peft.get_peft_model(decoder(), lora).eval())
 
     model = adapted()
     stemma.SharedPrefix.from_ids(model, HEAD).save_pretrained(tmp_path)
     stemma.SharedPrefix.from_pretrained(adapted(), tmp_path)
     with model.disable_adapter(), pytest.raises(stemma.InvalidDataError, match="differs in adapters"):
         stemma.SharedPrefix.from_pretrained(model, tmp_path)
+    with pytest.raises(stemma.InvalidDataError, match="differs in adapters"):
+        stemma.SharedPrefix.from_pretrained(adapted(alpha=64), tmp_path)
     with pytest.raises(stemma.InvalidDataError, match="weights"):
         stemma.SharedPrefix.from_pretrained(decoder(), tmp_path)
 

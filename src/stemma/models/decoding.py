@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from stemma.errors import UnsupportedModelError
 from stemma.models.adapter import base_model, disable, enable, is_enabled
@@ -49,10 +49,25 @@ class Decoder:
 
     def __call__(self, prompts: list[list[int]], beginnings: list[list[int]], uniform_BGT: Tensor) -> None:
         """Decode G rows of each prompt, with the forced beginning and the random numbers of each row."""
+        samples = uniform_BGT.shape[1]
         with shared_prefixes(self.forward.model, max(map(len, prompts)) + uniform_BGT.shape[2]) as shared:
-            self._decode(shared, prompts, beginnings, uniform_BGT)
+            parts = [list(range(len(prompts)))]
+            if not shared and len(set(map(len, prompts))) > 1 and not self.forward.sees_through_padding():
+                lengths = {len(prompt): None for prompt in prompts}
+                parts = [[i for i, prompt in enumerate(prompts) if len(prompt) == length] for length in lengths]
+            rows: dict[int, tuple[list[int], Tensor, bool]] = {}
+            for part in parts:
+                numbers = [index * samples + sample for index in part for sample in range(samples)]
+                own = [beginnings[row] for row in numbers]
+                rows |= zip(numbers, self._decode(shared, [prompts[i] for i in part], own, uniform_BGT[part]))
+        for row in range(len(rows)):
+            for results, value in zip((self.completions, self.logprobs, self.finished), rows[row]):
+                results.append(value)  # type: ignore[attr-defined]
 
-    def _decode(self, shared: bool, prompts: list[list[int]], beginnings: list[list[int]], uniform_BGT: Tensor) -> None:
+    def _decode(
+        self, shared: bool, prompts: list[list[int]], beginnings: list[list[int]], uniform_BGT: Tensor
+    ) -> Iterator[tuple[list[int], Tensor, bool]]:
+        """Completion, log-probabilities and end of every row."""
         device, longest = self.device, max(map(len, prompts))
         max_new_tokens = uniform_BGT.shape[2]
         uniform_NT = uniform_BGT.flatten(0, 1).to(device)
@@ -97,9 +112,9 @@ class Decoder:
             logits_NV = logits_N1V[:, 0]
 
         counts = (tokens_NT >= 0).sum(1).tolist()
-        self.completions += [row[:count] for row, count in zip(tokens_NT.tolist(), counts)]
-        self.logprobs += [row[:count].clone() for row, count in zip(logprobs_NT.cpu(), counts)]
-        self.finished += finished_N.tolist()
+        completions = [row[:count] for row, count in zip(tokens_NT.tolist(), counts)]
+        logprobs = [row[:count].clone() for row, count in zip(logprobs_NT.cpu(), counts)]
+        return zip(completions, logprobs, finished_N.tolist())
 
     def _prefill(
         self, shared: bool, prompts: list[list[int]], num_generations: int, room: int
@@ -116,9 +131,9 @@ class Decoder:
             ids_BP[index, longest - len(prompt) :] = torch.tensor(prompt, device=self.device)
         mask_BP = (torch.arange(longest, device=self.device) >= longest - lengths_B[:, None]).long()
         positions_BP = (mask_BP.cumsum(1) - 1).clamp(min=0)
-        if shared:
+        tree = self._tree([distinct[i] for i in source_N.tolist()], room + 1) if shared else None
+        if tree is not None:
             sources = source_N.tolist()
-            tree = SharedPrefixCache.of(self.forward.model, [distinct[i] for i in sources], room=room + 1)
             self.prefilled_tokens += tree.prefilled_tokens + len(distinct)
             # The tree is planned for all rows, and each prompt's last token fed once for all of its rows.
             tree.batch_select_indices(torch.tensor([sources.index(i) for i in range(len(distinct))]))
@@ -130,9 +145,23 @@ class Decoder:
             _spread(cache, source_N, room)
         return logits_B1V[source_N, 0], cache, lengths_B[source_N]
 
+    def _tree(self, prompts: list[tuple[int, ...]], room: int) -> SharedPrefixCache | None:
+        """The tree of the rows' prompts; None for a model that scores over trees and cannot keep one."""
+        try:
+            tree = SharedPrefixCache.of(self.forward.model, prompts, room=room)
+        except UnsupportedModelError:
+            if "position_ids" not in self.forward.accepted:
+                raise
+            return None
+        tree.positions_given = True
+        return tree
+
 
 _exact: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 """Whether a model that is not enabled passes the self-test of `enable`."""
+
+_sees_through: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+"""Whether padding changes nothing in a model's rows; see `_Forward.sees_through_padding`."""
 
 
 @contextmanager
@@ -167,6 +196,27 @@ class _Forward:
         self.model = model
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.accepted = inspect.signature(base.forward).parameters
+
+    def sees_through_padding(self) -> bool:
+        """Whether padding on the left changes nothing; some types count positions by column, whatever they are told.
+
+        Found out once for each model, with a row of three tokens.
+        """
+        inner = base_model(self.model)
+        if inner not in _sees_through:
+            device = next(inner.parameters()).device
+            ends = []
+            for padding in (0, 3):
+                ids = torch.tensor([[0] * padding + [0, 1, 1]], device=device)
+                mask = torch.tensor([[0] * padding + [1, 1, 1]], device=device)
+                positions = torch.tensor([[0] * padding + [0, 1, 2]], device=device)
+                first, cache = self(ids[:, :-1], mask[:, :-1], positions[:, :-1], None, 1)
+                second, _ = self(ids[:, -1:], mask, positions[:, -1:], cache, 1)
+                ends.append(torch.cat([first, second]))
+            alone, padded = ends
+            rounding = torch.finfo(alone.dtype).eps ** 0.5
+            _sees_through[inner] = bool((padded - alone).norm() <= rounding * alone.norm())
+        return _sees_through[inner]
 
     def __call__(
         self, ids_NL: Tensor, mask_NL: Tensor, positions_NL: Tensor, cache: Cache | None, keep: int
@@ -224,10 +274,10 @@ class _RoomyLayer(DynamicLayer):
 
 def _spread(cache: Cache, source_N: Tensor, room: int) -> None:
     """Give every row the states of its prompt, with room for so many more tokens where the layer keeps them all."""
-    for index, layer in enumerate(cache.layers):
+    for index, layer in enumerate(getattr(cache, "layers", [cache])):
         if type(layer) is DynamicLayer and layer.is_initialized:
             cache.layers[index] = _RoomyLayer(layer, source_N, room)
-        elif isinstance(layer, DynamicLayer):  # such as a sliding window, which bounds its own size
+        elif type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):  # a window bounds its own size
             layer.batch_select_indices(source_N)
         else:
             raise UnsupportedModelError(

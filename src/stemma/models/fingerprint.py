@@ -17,13 +17,17 @@ _NOT_COMPUTED_WITH = frozenset(
 ) | {"transformers_version"}
 """Entries of a config that no key depends on, or that weights tell."""
 
+_STRENGTHS = ("scaling", "use_dora", "fan_in_fan_out")
+"""What a tuned layer of peft computes with beside tensors."""
+
 
 def active_adapters(model: nn.Module) -> tuple[object, ...]:
-    """Which adapters of peft, and which learned prefixes, take part in a forward now."""
+    """Which adapters of peft, how strongly, and which learned prefixes take part in a forward now."""
     found: list[object] = []
     for module in base_model(model).modules():
         if hasattr(module, "merged_adapters"):
-            found.append((str(module.active_adapters), bool(module.disable_adapters), str(module.merged_adapters)))
+            switches = [str(module.active_adapters), bool(module.disable_adapters), str(module.merged_adapters)]
+            found.append((*switches, *(str(getattr(module, name, None)) for name in _STRENGTHS)))
         prefix: Any = module._modules.get(KERNEL_PREFIX)
         if prefix is not None:
             found.append(prefix.active)

@@ -9,6 +9,7 @@ checked in every call; a model that does something else is refused.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Any
 
 import numpy as np
@@ -157,6 +158,7 @@ class _Head:
         self.hidden: Tensor | None = None
         self.raw: Tensor | None = None
         self.autocast: tuple[str, torch.dtype, bool] | None = None
+        self.thread = get_ident()
 
     @contextmanager
     def capture(self) -> Iterator[None]:
@@ -171,6 +173,8 @@ class _Head:
                 handle.remove()
 
     def _take(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if get_ident() != self.thread:
+            return arguments  # a forward of its own, which happens to run now
         hidden = arguments[0]
         device = hidden.device.type
         self.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
@@ -179,7 +183,8 @@ class _Head:
         return (hidden[:1, :2] * 16, *arguments[1:])
 
     def _keep(self, module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-        self.raw = output
+        if get_ident() == self.thread:
+            self.raw = output
 
     def score(
         self, logits: Tensor, edge_position: Tensor, edge_token: Tensor, settings: ForwardSettings

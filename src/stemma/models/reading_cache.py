@@ -6,8 +6,10 @@ A layer that updates but does not attend through the marker would silently ignor
 name.
 """
 
+import inspect
 from copy import deepcopy
 from typing import Any
+from weakref import ref
 
 import numpy as np
 import torch
@@ -30,16 +32,19 @@ class _Layer(CacheLayerMixin):
 
     def __init__(self, cache: "RowsCache", number: int, seen: int) -> None:
         super().__init__()
-        self.cache, self.number, self.seen = cache, number, seen
+        self.owner = ref(cache)  # weak, as in a cycle keys and values would outlive their last use
+        self.number, self.seen = number, seen
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         pass
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.cache.check_read()
-        self.cache.unread = self.number
-        if key_states.shape[0] != self.cache.batch_size:
-            raise self.cache._other_rows(key_states.shape[0])
+        cache = self.owner()
+        assert cache is not None, "whoever updates a layer holds its cache"
+        cache.check_read()
+        cache.unread = self.number
+        if key_states.shape[0] != cache.batch_size:
+            raise cache._other_rows(key_states.shape[0])
         self.seen += key_states.shape[2]
         return key_states, value_states
 
@@ -74,6 +79,8 @@ class RowsCache(Cache):
         """Layer that has put its keys here and not yet attended."""
         self.label = f"{type(inner).__name__} (model type '{config.model_type}')"
         self._loss = loss
+        self.positions_given = "position_ids" in inspect.signature(inner.forward).parameters
+        """Whether the model is told the positions of new tokens; `generate` tells them only by that parameter."""
         self._modules = frozenset(inner.modules())
 
     @property
@@ -130,6 +137,11 @@ class RowsCache(Cache):
                 f"the attention mask must be {expected}, one column for each token so far (the cached ones included) "
                 f"and each new one, got {tuple(attention_mask.shape)}. Give whole rows, padded on the left."
             )
+        if self._padded and not self.positions_given:
+            raise UnsupportedModelError(
+                f"{self.label} takes no position_ids, so in rows of different lengths new tokens would be counted "
+                "from the padding. Give rows of one length, or one row at a time."
+            )
         if self.new_columns > 0:  # checked in full at first; later only the columns that came in since
             fits = all(map(all, attention_mask[:, -new_tokens:].tolist()))
         else:
@@ -179,6 +191,8 @@ class RowsCache(Cache):
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         twin.__dict__.update(deepcopy(self.__dict__, memo))
+        for layer in twin.layers:
+            layer.owner = ref(twin)
         return twin
 
     def batch_select_indices(self, indices: Tensor) -> None:

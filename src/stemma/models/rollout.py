@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from stemma.errors import InvalidBatchError
+from stemma.errors import InvalidBatchError, UnsupportedModelError
 from stemma.models.decoding import Decoder
 from stemma.models.sampling import StopCondition, TokenSampler
 
@@ -166,12 +166,18 @@ def generate_groups(
     Raises:
         InvalidBatchError: a prompt is empty, has an id outside the vocabulary, or is too long for the model; forced
             beginnings of another number of prompts or continuations, with such an id, or above `max_new_tokens`.
-        UnsupportedModelError: the model keeps no cache, or one that cannot be repeated (recurrent states).
+        UnsupportedModelError: the model keeps no cache, or one that cannot be repeated (recurrent states); a peft
+            adapter of learned tokens.
         ValueError: a sampling option is outside its range.
         FloatingPointError: the model's logits are not numbers.
     """
     check_counts(num_generations=num_generations, max_new_tokens=max_new_tokens, max_batch_size=max_batch_size)
     sampler = TokenSampler(temperature, top_p, top_k)
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} puts learned tokens in front of every prompt, which rollouts do not count; use an "
+            "adapter of weights such as LoRA, or the model's own generate"
+        )
     prompt_ids = [[int(token) for token in prompt] for prompt in prompts]
     check_prompts(model, prompt_ids, max_new_tokens)
     eos_ids = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)

@@ -62,6 +62,7 @@ def _shared_difference(
     model: PreTrainedModel, prompts: list[list[int]], new: list[list[int]], expected: list[Tensor], call_bytes: int
 ) -> float:
     cache = SharedPrefixCache.of(model, prompts, room=2, min_shared=1, call_bytes=call_bytes)
+    cache.positions_given = True  # in the calls below, by keyword
     longest = max(map(len, prompts))
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     fed = torch.tensor([[prompt[-1], *tail] for prompt, tail in zip(prompts, new)])
