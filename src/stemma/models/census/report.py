@@ -54,6 +54,10 @@ scores, *grouped heads* (fewer key/value heads than query heads), *narrow values
 and mixtures of *experts* with their *auxiliary loss*. "Streamed" is the gradient difference of `stemma.backward` when
 the tree has twice the token budget. "Decoding" is the difference in float64 of `stemma.generate`'s cache of shared
 prefixes, forced tokens on eight rows of three levels. Differences are rounded up to a power of ten.
+
+Types that are made as encoders by default (`bert`, `bert-generation`, `electra`, `ernie`, `roc_bert`) are built with
+`is_decoder=True`, and exact like that; without it they see what follows, and are refused. `gemma4_unified` computes a
+tree in one piece and refuses to stream it: its masks depend on places in the row, as blocks of an image do.
 """
 
 _RANK = (EXACT, REFUSED, INCONCLUSIVE, NOT_BUILT, WRONG)
