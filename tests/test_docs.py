@@ -1,7 +1,8 @@
 """The pages are true: their Python runs, their command lines parse, their links lead somewhere.
 
-Conventions for code fences: `python` blocks of a page run in order, in one namespace and an empty folder; those marked
-`python no-run` must compile; in `sh` blocks every `stemma` line must parse and every `./dev` job must exist. A `yaml`
+Conventions for code fences: behind the backticks stands a language and nothing else, as the built site shows other
+fences as text. `python` blocks of a page run in order, in one namespace and an empty folder; those below a line
+`<!-- no-run -->` must compile; in `sh` blocks every `stemma` line must parse and every `./dev` job must exist. A `yaml`
 block that begins with `# name.yaml` is that file for the commands of its page.
 """
 
@@ -21,7 +22,7 @@ from stemma.cli import main as dispatcher
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
-FENCE = re.compile(r"^```([^\n`]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^(?:<!-- (no-run) -->\n)?```([^\n`]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"")
 
 
@@ -29,15 +30,11 @@ def page_id(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-def blocks(path: Path, language: str) -> list[tuple[str, str, int]]:
-    """Code blocks of a language: the words behind it, the code, and the line where the code starts."""
+def blocks(path: Path, language: str) -> list[tuple[bool, str, int]]:
+    """Code blocks of a language: whether they run, the code, and the line where the code starts."""
     text = path.read_text(encoding="utf-8")
-    found = []
-    for match in FENCE.finditer(text):
-        words = match[1].split()
-        if words and words[0] == language:
-            found.append((" ".join(words[1:]), match[2], text.count("\n", 0, match.start(2)) + 1))
-    return found
+    found = FENCE.finditer(text)
+    return [(not m[1], m[3], text.count("\n", 0, m.start(3)) + 1) for m in found if m[2] == language]
 
 
 def with_blocks(language: str) -> list[Path]:
@@ -48,15 +45,20 @@ def with_blocks(language: str) -> list[Path]:
 def test_python_of_the_page_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": "page"}
-    for words, code, line in blocks(path, "python"):
+    for runs, code, line in blocks(path, "python"):
         compiled = compile("\n" * (line - 1) + code, page_id(path), "exec")
-        assert words in ("", "no-run"), f"{page_id(path)}:{line}: unknown word '{words}' behind python"
-        if words == "":
+        if runs:
             with contextlib.redirect_stdout(io.StringIO()) as printed:
                 exec(compiled, namespace)
             # A comment `# prints: ...` states the output of its block, to the letter.
             promised = re.findall(r"# prints: (.*)", code)
             assert printed.getvalue().splitlines()[: len(promised)] == promised, f"{page_id(path)}:{line}"
+
+
+@pytest.mark.parametrize("path", PAGES, ids=page_id)
+def test_fences_of_the_page_are_what_the_site_renders(path: Path) -> None:
+    begun = [match[2] for match in FENCE.finditer(path.read_text(encoding="utf-8"))]
+    assert [words for words in begun if not re.fullmatch(r"\w+", words)] == []
 
 
 def command_lines(path: Path) -> list[tuple[str, int]]:
@@ -130,6 +132,19 @@ def test_every_page_is_in_the_navigation() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     listed = set(re.findall(r"([\w/-]+\.md)", navigation))
     assert listed == {path.relative_to(ROOT / "docs").as_posix() for path in PAGES if path.parent != ROOT}
+
+
+def test_the_page_on_rollouts_says_what_the_rows_say() -> None:
+    from benchmarks import rollout_table, rows
+
+    text = rollout_table.PAGE.read_text(encoding="utf-8")
+    assert rollout_table.page(text, rows.load(rows.RESULTS / "rollout.jsonl")) == text
+
+
+def test_every_figure_is_on_a_page() -> None:
+    shown = "".join(path.read_text(encoding="utf-8") for path in PAGES)
+    figures = [path.name for path in (ROOT / "docs" / "figures").iterdir() if path.suffix in (".svg", ".png")]
+    assert [name for name in figures if f"figures/{name}" not in shown] == []
 
 
 def test_the_picture_is_what_the_library_computes() -> None:
