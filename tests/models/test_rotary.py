@@ -143,6 +143,14 @@ def test_the_probe_leaves_the_model_as_it_was():
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_the_probe_leaves_the_mode_of_each_module():
+    model = build("llama").eval()
+    model.model.layers[0].train()
+    modes = {name: module.training for name, module in model.named_modules()}
+    find_rotations(model)
+    assert {name: module.training for name, module in model.named_modules()} == modes
+
+
 def test_the_probe_stays_below_lengths_that_change_frequencies():
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
     model = tiny_model("llama", dtype=torch.float64, max_position_embeddings=64, rope_parameters=rope)

@@ -83,7 +83,13 @@ def cached_states(cache: DynamicCache, begin: int = 0, end: int | None = None) -
 
 
 @torch.no_grad()
-def encode(model: Any, ids: Sequence[int], above: Sequence[States] = (), start: int | None = None) -> DynamicCache:
+def encode(
+    model: Any,
+    ids: Sequence[int],
+    above: Sequence[States] = (),
+    start: int | None = None,
+    cache: DynamicCache | None = None,
+) -> DynamicCache:
     """Run tokens of one sequence behind cached ones.
 
     Args:
@@ -91,13 +97,14 @@ def encode(model: Any, ids: Sequence[int], above: Sequence[States] = (), start: 
         ids: at least one.
         above: states of the tokens before; they are not written.
         start: position of the first new token; the number of tokens before when None.
+        cache: an empty one to fill, in place of a plain one behind ``above``.
 
     Returns:
         The cache of all tokens.
     """
     inner = base_model(model)
     device = inner.get_input_embeddings().weight.device
-    cache = plain_cache(above)
+    cache = plain_cache(above) if cache is None else cache
     before = above[0].key.shape[2] if above else 0
     start = before if start is None else start
     model(
@@ -134,7 +141,7 @@ def find_rotations(model: Any) -> Rotations:
     limits = [getattr(config, "max_position_embeddings", None), dynamic_rope_limit(inner)]
     far = min([_FAR, *(limit - _TOKENS for limit in limits if isinstance(limit, int) and limit > 0)])
     ids = torch.randint(0, config.vocab_size, (_TOKENS,), generator=torch.Generator().manual_seed(0)).tolist()
-    training = inner.training
+    modes = {module: module.training for module in inner.modules()}
     inner.eval()
     try:
         near_states, far_states = (cached_states(encode(model, ids, start=start)) for start in (0, far))
@@ -144,7 +151,8 @@ def find_rotations(model: Any) -> Rotations:
             "keys and values cannot be moved."
         ) from error
     finally:
-        inner.train(training)
+        for module, training in modes.items():
+            module.training = training
     if not near_states:
         raise UnsupportedModelError(f"{label} filled no cache of keys and values, so there is nothing to move.")
     found = [
