@@ -5,6 +5,8 @@ them. Here these tokens are run as one call behind the cache, at their own posit
 stale keys; what the call appends to the cache then replaces these. Keys of the second layer come from the first layer's
 states alone, which are exact for any text, so they are true keys: a call that is stopped there says how far off the
 estimates are.
+
+The keys and values of the first layer depend on token and place alone, so they also tell which tokens a cache holds.
 """
 
 from collections.abc import Sequence
@@ -19,9 +21,9 @@ from stemma.cache.offsets import Layers
 from stemma.cache.states import States
 from stemma.errors import UnsupportedModelError
 from stemma.models.adapter import base_model
-from stemma.models.rotary import cached_states, few_logits, plain_cache
+from stemma.models.rotary import cached_states, encode, few_logits, plain_cache
 
-__all__ = ["key_errors", "recompute", "second_layer", "windows"]
+__all__ = ["first_layer", "key_errors", "recompute", "second_layer", "token_errors", "windows"]
 
 
 class _Reached(Exception):
@@ -64,6 +66,26 @@ def _refuse_other_masks(inner: Any) -> None:
             f"recomputed tokens need a mask of their own, which {kind!r} attention does not take; load the model with "
             'attn_implementation="sdpa".'
         )
+
+
+def first_layer(model: Any, ids: Sequence[int], start: int) -> States:
+    """Keys and values of the first layer of tokens of which the first one stands at ``start``."""
+    cache = plain_cache()
+    cache.layers.append(_Stop())
+    try:
+        encode(model, ids, start=start, cache=cache)
+    except _Reached as reached:
+        return reached.states
+    raise AssertionError("a forward has passed the first layer without a cache")
+
+
+def token_errors(true: States, held: States) -> Tensor:
+    """``(T,)`` how far the held keys or values of each token are off, relative to the mean norm of the true ones."""
+    found = []
+    for own, other in zip(true, held, strict=True):
+        apart, norm = (x[0].float().transpose(0, 1).flatten(1).norm(dim=1) for x in (own - other, own))
+        found.append(apart / norm.mean().clamp_min(1e-30))
+    return torch.maximum(*found)
 
 
 def second_layer(model: Any, ids: Sequence[int], positions: Tensor, states: Layers) -> States:

@@ -43,7 +43,7 @@ from stemma.cache.states import States
 from stemma.errors import InvalidBatchError, UnsupportedModelError
 from stemma.models.rotary import cached_states, encode, plain_cache
 from stemma.models.shared_prefix import check_lengths
-from stemma.serve._kvcomm_texts import Config, Content, Prefill, Texts, Usage, copied
+from stemma.serve._kvcomm_texts import Config, Content, Prefill, Texts, Usage, copied, cut
 from stemma.serve._recompute import key_errors, recompute, second_layer
 from stemma.serve._template import Part, Template, check_joins, text_ids
 
@@ -89,19 +89,30 @@ class Agent:
 
     def __init__(self, comm: Texts, name: str, template: Template) -> None:
         self.comm, self.name, self.template = comm, name, template
-        comm.pool.register(name, template.digest(comm.tokenizer))
+        self._digest = template.digest(comm.tokenizer)
         self.pieces = template.piece_ids(comm.tokenizer)
-        ids, starts = list(self.pieces[0]), [0]
+        self._ids, self._starts = list(self.pieces[0]), [0]
         for placeholder, piece in zip(template.names, self.pieces[1:], strict=True):
-            ids += text_ids(comm.tokenizer, placeholder)
-            starts.append(len(ids))
-            ids += piece
-        cache = encode(comm.model, ids)
+            self._ids += text_ids(comm.tokenizer, placeholder)
+            self._starts.append(len(self._ids))
+            self._ids += piece
+        self._bases: list[Layers] = []
+        self._owner: tuple[object, ...] = ()
+        comm.check()
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """Make the bases of the template's pieces where the model has changed, and be known to the pool."""
+        comm = self.comm
+        comm.pool.register(self.name, self._digest)
+        if self._owner == comm.owner:
+            return
+        cache = encode(comm.model, self._ids)
         self._bases = [
             copied(cached_states(cache, start, start + len(piece)))
-            for start, piece in zip(starts, self.pieces, strict=True)
+            for start, piece in zip(self._starts, self.pieces, strict=True)
         ]
-        self._starts = starts
+        self._owner = comm.owner
 
     @torch.no_grad()
     def prefill(self, contents: Mapping[str, str | Content], *, mode: Mode = "auto") -> Prefill:
@@ -117,7 +128,8 @@ class Agent:
 
         Raises:
             InvalidBatchError: a text too many or missing; tokens that do not join; more tokens than the model has
-                positions; with "reuse", a text without anchors or an error above ``max_error``.
+                positions; with "reuse", a text without anchors or an error above ``max_error``; but with "dense", an
+                answer of another model or header, or of this model before it changed.
             UnsupportedModelError: a layer attends in chunks, and the prompt is longer than one; with "blend" or
                 ``max_error``, a sliding window shorter than the prompt.
         """
@@ -126,6 +138,7 @@ class Agent:
         self.comm.check()
         given = self._given(contents)
         ids, spans = self._join(given)
+        self._refresh()
         if mode == "dense":
             return self._dense(ids, spans, given, (), 0, "asked for")
         empty = [name for name, content in given.items() if not content.ids]
@@ -134,6 +147,8 @@ class Agent:
                 raise InvalidBatchError(f"the text of {{{empty[0]}}} is empty, so there is nothing to estimate from.")
             return self._dense(ids, spans, given, (), 0, f"the text of {{{empty[0]}}} is empty")
         encoded, plans = 0, {}
+        for content in given.values():
+            self.comm.check_base(content)
         for name, content in given.items():
             encoded += self.comm.base(content)[1]
             plans[name] = self.plan(name, content)
@@ -228,6 +243,7 @@ class Agent:
             learned=tuple(learned),
             error=None,
             spans=spans,
+            owner=self._owner,
         )
 
     def _learn(self, name: str, content: Content, span: tuple[int, int], real: Layers) -> bool:
@@ -235,8 +251,8 @@ class Agent:
         base = comm.base(content)[0]
         number = self.template.names.index(name) + 1
         stop = end + len(self.pieces[number])
-        there = comm.rotations.move(_cut(real, begin, end), len(comm.header) - begin)
-        behind = comm.rotations.move(_cut(real, end, stop), self._starts[number] - end)
+        there = comm.rotations.move(cut(real, begin, end), len(comm.header) - begin)
+        behind = comm.rotations.move(cut(real, end, stop), self._starts[number] - end)
         deviation = Deviation(differences(there, base), differences(behind, self._bases[number]))
         return comm.pool.learn(name, content.ids, content.origin, base, self.name, deviation)
 
@@ -259,6 +275,8 @@ class Agent:
             move: turn keys to their places; otherwise they are left as they were encoded (for comparison).
         """
         comm, config = self.comm, self.comm.config
+        comm.check()
+        self._refresh()
         weights: dict[str, Any] = {"temperature": config.temperature, "weighting": weighting or config.weighting}
         runs, place = [self._bases[0]], len(self.pieces[0])
         for number, name in enumerate(self.template.names, start=1):
@@ -295,7 +313,7 @@ class Agent:
         for plan in plans.values():
             if plan.matches and plan.closeness is not None:
                 self.comm.pool.credit([match.anchor for match in plan.matches], plan.closeness, config.top_p)
-        states = _cut(self.assemble(given, {name: plan.matches for name, plan in plans.items()}), 0, last)
+        states = cut(self.assemble(given, {name: plan.matches for name, plan in plans.items()}), 0, last)
         looked_at, error, computed = 0, None, 0
         if (mode == "blend" or config.max_error is not None) and last > exact and len(states) > 1:
             self._refuse_window(len(ids))
@@ -332,6 +350,7 @@ class Agent:
             learned=(),
             error=error,
             spans=spans,
+            owner=self._owner,
         )
 
     def _refuse_window(self, tokens: int) -> None:
@@ -353,30 +372,15 @@ class Agent:
             sequence: the whole row, prompt included; an end-of-sequence token at its end is left out.
 
         Raises:
-            InvalidBatchError: the row does not begin with the prompt, adds nothing, or the cache does not hold it.
+            InvalidBatchError: several rows; the row does not begin with the prompt, adds nothing, or the cache does not
+                hold it; another model, or this one has changed since.
         """
-        row = torch.as_tensor(sequence).flatten().tolist()
-        start = len(prefill.ids)
-        if row[:start] != prefill.ids:
-            raise InvalidBatchError("the sequence does not begin with the prompt of this prefill; give generate's row.")
-        while len(row) > start and row[-1] in (self.comm.tokenizer.eos_token_id, self.comm.tokenizer.pad_token_id):
-            row.pop()
-        held = prefill.cache.get_seq_length()
-        if len(row) == start or held < len(row) - 1:
-            raise InvalidBatchError(
-                f"the prompt has {start} tokens, the sequence {len(row)} and the cache {held}: nothing was generated "
-                "with this cache. Give it to generate as past_key_values, and its row here."
-            )
-        cache = prefill.cache
-        if held < len(row):  # the last token was sampled and not yet run
-            cache = encode(self.comm.model, row[held:], above=cached_states(cache))
-        states = _cut(cached_states(cache), start, len(row))
-        base = copied(self.comm.rotations.move(states, len(self.comm.header) - start))
-        return Content(tuple(row[start:]), None, "generated", base)
-
-
-def _cut(layers: Layers, begin: int, end: int) -> Layers:
-    return tuple(States(key[:, :, begin:end], value[:, :, begin:end]) for key, value in layers)
+        row, held = self.comm.generated(prefill, sequence)
+        start, length = len(prefill.ids), held[0].key.shape[2]
+        if length < len(row):  # the last token was sampled and not yet run
+            held = cached_states(encode(self.comm.model, row[length:], above=held))
+        base = copied(self.comm.rotations.move(cut(held, start, len(row)), len(self.comm.header) - start))
+        return Content(tuple(row[start:]), None, "generated", base, self.comm.owner)
 
 
 def run(options: "Options") -> dict[str, Any]:
