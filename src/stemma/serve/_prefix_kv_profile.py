@@ -16,6 +16,9 @@ from stemma.train.checkpoint import write_json
 
 __all__ = ["Profile", "model_fingerprint"]
 
+_SAMPLED = 256
+"""Numbers looked at of each weight."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
@@ -82,7 +85,7 @@ class Profile:
         """Read what :meth:`save` wrote.
 
         Raises:
-            InvalidDataError: the file is something else.
+            InvalidDataError: the file is missing, cannot be read, or is something else.
         """
         try:
             found = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -93,17 +96,31 @@ class Profile:
                 shares={float(keep): tuple(map(float, each)) for keep, each in found["shares"].items()},
                 samples=int(found["samples"]),
             )
+        except OSError as error:
+            raise InvalidDataError(
+                f"{path} cannot be read ({error}); a profile is made with calibrate(model, samples, keep).save(path)."
+            ) from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InvalidDataError(f"{path} is no profile as Profile.save writes it: {error!r}") from error
+            raise InvalidDataError(
+                f"{path} is no profile as Profile.save writes it ({error!r}); make it again with "
+                "calibrate(model, samples, keep).save(path)."
+            ) from error
 
 
 def model_fingerprint(model: Any) -> str:
-    """Sixteen hexadecimal digits of the model's type and adapters, the shapes of its weights and a few of their
-    numbers: cheap enough for every request, the same in every process, and in float32 and bfloat16."""
+    """Sixteen hexadecimal digits of the model's type and adapters, the shapes of its weights and some of their numbers:
+    cheap enough for every request, the same in every process, and in float32 and bfloat16.
+
+    Looked at are 256 numbers of each tensor of a checkpoint, evenly spread from the first to the last and rounded to
+    bfloat16. Other weights are told apart unless they differ only between these numbers, or by less than that rounding.
+    """
     inner = base_model(model)
     about = f"{inner.config.model_type} {active_adapters(model)}"
     digest = hashlib.blake2b(about.encode(), digest_size=8)
-    for name, weight in inner.named_parameters():
-        some = weight.detach().flatten()[:64].to("cpu", torch.bfloat16).view(torch.int16)
-        digest.update(f"{name} {tuple(weight.shape)}".encode() + some.numpy().tobytes())
+    for name, weight in inner.state_dict().items():
+        flat = weight.detach().flatten()
+        count = min(_SAMPLED, flat.numel())
+        some = flat[torch.arange(count, device=flat.device) * (flat.numel() - 1) // max(1, count - 1)]
+        digest.update(f"{name} {tuple(weight.shape)}".encode())
+        digest.update(some.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
     return digest.hexdigest()

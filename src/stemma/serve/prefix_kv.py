@@ -30,11 +30,12 @@ What the waterline optimises is attention mass, which is not the error of the ou
 gains and where it does not. The baselines are other combinations of ``allocation`` and ``score``.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from torch import Tensor
 
 from stemma.cache.compressed import priority, retained_mass
 from stemma.errors import InvalidBatchError
@@ -106,7 +107,7 @@ class Config:
 
 def compress(
     model: Any,
-    rows: Sequence[Any],
+    rows: Sequence[Any] | Tensor,
     config: Config | None = None,
     *,
     profile: Profile | None = None,
@@ -120,7 +121,7 @@ def compress(
 
     Args:
         model: an enabled model (:func:`stemma.enable`) in evaluation mode.
-        rows: token ids of each row, of any lengths.
+        rows: token ids of each row, of any lengths and without padding; a tensor ``(rows, length)`` where all have one.
         config: what is kept.
         profile: sizes of the layers from :func:`calibrate`, in place of a search on these rows; for its scores and
             shares only.
@@ -131,14 +132,15 @@ def compress(
         A transformers `Cache` that has seen all tokens of ``rows``; `report()` says what it keeps.
 
     Raises:
-        InvalidBatchError: no row, an empty one or one that is shorter than what is protected, ids outside the
-            vocabulary, more tokens than the model has positions, attention that is not finite, or a profile of another
-            model, score or share.
+        InvalidBatchError: no row, ids without a row around them, an empty row or one that is shorter than what is
+            protected, ids outside the vocabulary, more tokens than the model has positions, attention that is not
+            finite, or a profile of another model, score or share.
         UnsupportedModelError: a layer of the model has no keys of its own that could be dropped; says which.
     """
     config = config or Config()
     if profile is not None:
         profile.check(model, config.keep, config.score)
+    rows = _rows(rows)
     _check_protected(rows, config)
     cache = CompressedCache.prefill(model, rows, votes=votes_of(config), max_tokens=max_tokens, room=room)
     drop(cache, config, profile)
@@ -184,7 +186,7 @@ def drop(cache: CompressedCache, config: Config, profile: Profile | None = None)
 
 def calibrate(
     model: Any,
-    rows: Sequence[Any],
+    rows: Sequence[Any] | Tensor,
     keep: Sequence[float],
     config: Config | None = None,
     *,
@@ -194,7 +196,7 @@ def calibrate(
 
     Args:
         model: an enabled model.
-        rows: token ids of the samples, one after the other encoded alone; the paper takes about ten.
+        rows: token ids of the samples as for :func:`compress`, encoded one by one; the paper takes about ten.
         keep: shares to find sizes for.
         config: score and protected tokens; its `keep` does not matter.
         max_tokens: see :func:`compress`.
@@ -208,6 +210,7 @@ def calibrate(
     configs = [_replaced(config, share) for share in keep]
     if not configs or config.allocation != "waterline":
         raise ValueError('calibration needs shares to keep and allocation="waterline".')
+    rows = _rows(rows)
     found: dict[float, list[np.ndarray]] = {each.keep: [] for each in configs}
     layers: list[int] | None = None
     for index in range(len(rows)):
@@ -239,6 +242,22 @@ def calibrate(
 
 def _replaced(config: Config, keep: float) -> Config:
     return Config(**{**config.__dict__, "keep": keep})
+
+
+def _rows(rows: Sequence[Any] | Tensor) -> list[Any]:
+    """The rows one by one; refuses what is no collection of rows."""
+    found = list(rows) if _is_run(rows) or isinstance(rows, Iterator) else [rows]
+    for index, row in enumerate(found):
+        if not _is_run(row):
+            raise InvalidBatchError(
+                f"row {index} is {row!r}; expected were rows of token ids, [[1, 2, 3], [4, 5]] say, or a tensor "
+                "(rows, length). Put a single row into a list."
+            )
+    return found
+
+
+def _is_run(value: Any) -> bool:
+    return hasattr(value, "__len__") and not isinstance(value, str | bytes) and getattr(value, "ndim", 1) > 0
 
 
 def _check_protected(rows: Sequence[Any], config: Config) -> None:
