@@ -35,7 +35,7 @@ class PrefixLinearAttentionConfig(PreTrainedConfig):
     """
 
     model_type = "prefix_linear_attention"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - Trainer adds a list to it
 
     vocab_size: int = 258
     hidden_size: int = 64

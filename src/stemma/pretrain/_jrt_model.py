@@ -6,15 +6,23 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from stemma.attention.linear import prefix_mask
-from stemma.errors import InvalidBatchError
+from stemma.errors import InvalidBatchError, UnsupportedModelError
 from stemma.pretrain._jrt_layers import Layer, PrefixLinearAttentionConfig, PrefixLinearCache, Tokens
 
 __all__ = ["PrefixLinearAttentionForCausalLM", "prefix_lm_loss"]
+
+_WITH_A_CACHE = (
+    "with a cache padding must be on the left, as states end where a row ends; pad there, or give use_cache=False"
+)
+_IN_GENERATE = (
+    "generate goes on where a row ends, so that padding of prompts must be on the left: give the tokenizer "
+    "padding_side='left', and an attention_mask where texts hold the id of padding"
+)
 
 
 class PrefixLinearAttentionForCausalLM(PreTrainedModel, GenerationMixin):
@@ -64,20 +72,27 @@ class PrefixLinearAttentionForCausalLM(PreTrainedModel, GenerationMixin):
             prefix_lengths: ``(batch,)`` int64, leading tokens (padding not counted) that the encoder sees; None: the
                 configuration's `prefix_length`. Read in the first call only.
             past_key_values: what an earlier call returned.
-            labels: ``(batch, T)`` int64, see :func:`prefix_lm_loss`.
-            use_cache: return the states; None: not in training.
+            labels: ``(batch, T)`` int64, see :func:`prefix_lm_loss`; a token behind padding, predicted from nothing,
+                has no loss.
+            use_cache: return the states; None: not in training, nor with labels.
             logits_to_keep: logits of so many last positions only; 0: of all.
 
         Raises:
-            InvalidBatchError: shapes, lengths or padding that do not make a batch.
+            InvalidBatchError: shapes, lengths or padding that do not make a batch, or a label of the prefix whose token
+                the input shows.
+            UnsupportedModelError: a cache of another kind.
         """
-        cache = past_key_values
-        if cache is None and (use_cache if use_cache is not None else not self.training and self.config.use_cache):
+        cache = _checked_cache(past_key_values)
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training and labels is None
+        if cache is None and use_cache:
             cache = PrefixLinearCache(len(self.layers))
-        mask = _checked_mask(input_ids, attention_mask, cached=cache is not None)
+        mask = _checked_mask(input_ids, attention_mask, left=None if cache is None else _WITH_A_CACHE)
         prefix = torch.zeros_like(mask)
         if cache is None or not cache.get_seq_length():
             prefix = prefix_mask(_checked_lengths(input_ids, prefix_lengths, self.config.prefix_length), mask)
+        if labels is not None:
+            labels = _checked_labels(labels, input_ids, mask, prefix)
         tokens = Tokens(mask, prefix)
         x = self.embed_tokens(input_ids)
         for index, layer in enumerate(self.layers):
@@ -93,18 +108,53 @@ class PrefixLinearAttentionForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
 
     def generate(
-        self, inputs: Tensor | None = None, *args: Any, prefix_lengths: Tensor | None = None, **kwargs: Any
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *args: Any,
+        prefix_lengths: Tensor | None = None,
+        **kwargs: Any,
     ) -> Any:
         """transformers' `generate`; what it adds is never part of the prefix.
 
         Args:
-            inputs: ``(batch, T)`` prompts, or give `input_ids`; padded on the left.
+            inputs: ``(batch, T)`` prompts, or give `input_ids`; padded on the left. Without an `attention_mask`, tokens
+                with the id of padding are padding, unless this id ends texts too.
+            generation_config: settings, in place of the model's own.
             prefix_lengths: ``(batch,)``, see `forward`; longer than a prompt means all of it.
+
+        Raises:
+            InvalidBatchError, UnsupportedModelError: see `forward`; no prompts, or prompts without tokens.
         """
-        prompts = kwargs["input_ids"] if inputs is None else inputs
+        prompts = kwargs.get("input_ids") if inputs is None else inputs
+        if not isinstance(prompts, Tensor) or prompts.ndim != 2 or not prompts.numel():
+            got = tuple(prompts.shape) if isinstance(prompts, Tensor) else type(prompts).__name__
+            raise InvalidBatchError(
+                f"generate needs `inputs` or `input_ids`, a tensor (batch, tokens) with at least one token, got {got}; "
+                "to write from nothing, give the token that begins texts"
+            )
+        _checked_cache(kwargs.get("past_key_values"))
+        if kwargs.get("attention_mask") is None:
+            kwargs["attention_mask"] = self._padding_of(prompts, generation_config, kwargs)
         lengths = _checked_lengths(prompts, prefix_lengths, self.config.prefix_length)
-        lengths = torch.minimum(lengths, _checked_mask(prompts, kwargs.get("attention_mask"), cached=True).sum(dim=1))
-        return super().generate(inputs, *args, prefix_lengths=lengths, **kwargs)
+        mask = _checked_mask(prompts, kwargs["attention_mask"], left=_IN_GENERATE)
+        lengths = torch.minimum(lengths, mask.sum(dim=1))
+        return super().generate(inputs, generation_config, *args, prefix_lengths=lengths, **kwargs)
+
+    def _padding_of(self, prompts: Tensor, given: GenerationConfig | None, kwargs: dict[str, Any]) -> Tensor | None:
+        """The mask that transformers infers from ids; None where it finds no padding, or cannot tell it from an end."""
+
+        def setting(name: str) -> Any:
+            if name in kwargs:
+                return kwargs[name]
+            value = getattr(given, name, None)
+            return getattr(self.generation_config, name, None) if value is None else value
+
+        pad, end = setting("pad_token_id"), setting("eos_token_id")
+        if pad is None or (end is not None and int(pad) in torch.as_tensor(end).flatten().tolist()):
+            return None
+        mask = prompts != int(pad)
+        return None if bool(mask.all()) else mask.long()
 
 
 def prefix_lm_loss(logits: Tensor, labels: Tensor, prefix: Tensor, *, mlm_weight: float = 0.25) -> Tensor:
@@ -130,7 +180,34 @@ def _mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return total / (labels != -100).sum().clamp(min=1)
 
 
-def _checked_mask(input_ids: Tensor, attention_mask: Tensor | None, *, cached: bool) -> Tensor:
+def _checked_cache(cache: Any) -> PrefixLinearCache | None:
+    if cache is None or isinstance(cache, PrefixLinearCache):
+        return cache
+    raise UnsupportedModelError(
+        f"past_key_values is a {type(cache).__name__}, but this model keeps states, not keys and values; leave it out "
+        "for a new cache, or give the PrefixLinearCache that an earlier call returned"
+    )
+
+
+def _checked_labels(labels: Tensor, input_ids: Tensor, mask: Tensor, prefix: Tensor) -> Tensor:
+    """Labels, less those that would be predicted from padding."""
+    if labels.shape != input_ids.shape:
+        raise InvalidBatchError(
+            f"labels must be one for each of input_ids, {tuple(input_ids.shape)}, got {tuple(labels.shape)}"
+        )
+    shown = int((prefix & (labels == input_ids)).sum())
+    if shown:
+        raise InvalidBatchError(
+            f"labels inside the prefix are masked tokens, but {shown} of them equal the token that the input shows, "
+            "which would train copying; make batches with PrefixLMCollator, or set labels of the prefix to -100, or "
+            "the input there to a mask token (prefix_lengths of 0: all labels are next tokens)"
+        )
+    behind_padding = ~mask.roll(1, dims=1)  # the first column, which this gets wrong, is predicted from nothing anyway
+    return labels.masked_fill(behind_padding & ~prefix, -100)
+
+
+def _checked_mask(input_ids: Tensor, attention_mask: Tensor | None, *, left: str | None) -> Tensor:
+    """Which tokens are text; `left`: what to say where padding must be on the left and is not."""
     if attention_mask is None:
         return torch.ones_like(input_ids, dtype=torch.bool)
     if attention_mask.ndim != 2 or attention_mask.shape[1] < input_ids.shape[1]:
@@ -139,10 +216,12 @@ def _checked_mask(input_ids: Tensor, attention_mask: Tensor | None, *, cached: b
             f"got {tuple(attention_mask.shape)}"
         )
     mask = attention_mask[:, -input_ids.shape[1] :].bool()
-    if cached and not bool(mask[:, -1].all()):
-        raise InvalidBatchError("with a cache padding must be on the left, as states end where a row ends")
+    if left and not bool(mask[:, -1].all()):
+        raise InvalidBatchError(left)
     if bool((mask.diff(dim=1).sum(dim=1) > 1).any()) or not bool(mask.any(dim=1).all()):
-        raise InvalidBatchError("a row must be one run of at least one token, with padding at one end only")
+        raise InvalidBatchError(
+            "a row must be one run of at least one token, with padding at one end only; give such an attention_mask"
+        )
     return mask
 
 

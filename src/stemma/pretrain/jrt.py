@@ -208,20 +208,23 @@ def _longest(total: int, size: Callable[[int], int], questions: Sequence[Any], b
 class PrefixLMCollator:
     """Batches for `PrefixLinearAttentionForCausalLM`, also as the `data_collator` of transformers' Trainer.
 
-    An example has `input_ids`; it may have `prefix_lengths` (a number, in place of `prefix_length`) and `labels` (for
-    the tokens behind its prefix, as `input_ids` when missing). Rows are padded on the right.
+    An example has `input_ids`; it may have `prefix_lengths` (a number, in place of `prefix_length`), `labels` (for the
+    tokens behind its prefix, as `input_ids` when missing) and `attention_mask` (tokens with a 0, as of earlier padding,
+    are left out). Rows are padded on the right.
     """
 
     pad_token_id: int
     """Fills rows up; those positions have no loss, also where texts hold this id."""
     mask_token_id: int
-    """Stands in for a masked token, always (BERT's variants of it are not used)."""
+    """Stands in for a masked token, always (BERT's variants of it are not used); where texts hold it, it is not asked
+    for."""
     prefix_length: int
     """Tokens of a row that the encoder sees, at least 0."""
     mlm_probability: float = 0.15
     """Share of the prefix's tokens that are masked, in [0, 1]."""
     seed: int = 0
-    """Of the masks, which differ from call to call and between workers of a data loader."""
+    """Of the masks, which differ from call to call; in workers of a data loader the worker's seed, that is torch's,
+    counts too, so that they differ between workers and epochs."""
     calls: int = field(default=0, init=False)
     """Batches made so far."""
 
@@ -235,29 +238,24 @@ class PrefixLMCollator:
         """`input_ids`, `attention_mask`, `labels` (-100: no loss), all ``(batch, T)``, and `prefix_lengths (batch,)`.
 
         Raises:
-            InvalidDataError: an example without tokens, or whose labels have another length.
+            InvalidDataError: an example without tokens, or whose labels or mask have another length.
         """
         worker = torch.utils.data.get_worker_info()
-        generator = stream(self.seed, "prefix-lm-masks", worker.id if worker else 0, self.calls)
+        generator = stream(self.seed, "prefix-lm-masks", worker.seed if worker else 0, self.calls)
         self.calls += 1
-        width = max((len(example["input_ids"]) for example in examples), default=0)
-        shape = (len(examples), width)
+        texts = [_text_of(row, example) for row, example in enumerate(examples)]
+        shape = (len(texts), max((len(ids) for ids, _ in texts), default=0))
         batch = {
             "input_ids": torch.full(shape, self.pad_token_id),
             "attention_mask": torch.zeros(shape, dtype=torch.int64),
             "labels": torch.full(shape, -100),
             "prefix_lengths": torch.zeros(len(examples), dtype=torch.int64),
         }
-        for row, example in enumerate(examples):
-            ids = torch.as_tensor(example["input_ids"])
-            labels = torch.as_tensor(example.get("labels", example["input_ids"]))
-            if not len(ids) or labels.shape != ids.shape:
-                raise InvalidDataError(
-                    f"example {row} has {len(ids)} tokens and {len(labels)} labels; needed are one or more, and as many"
-                )
+        for row, (example, (ids, labels)) in enumerate(zip(examples, texts, strict=True)):
             prefix = min(int(example.get("prefix_lengths", self.prefix_length)), len(ids))
             masked = torch.zeros(len(ids), dtype=torch.bool)
             masked[:prefix] = torch.rand(prefix, generator=generator) < self.mlm_probability
+            masked &= ids != self.mask_token_id  # the input would show it
             if 0 < prefix < len(ids):
                 masked[prefix - 1] = False  # its logits predict the next token
             behind = torch.arange(len(ids)) >= prefix
@@ -267,6 +265,19 @@ class PrefixLMCollator:
             batch["attention_mask"][row, real] = 1
             batch["prefix_lengths"][row] = prefix
         return batch
+
+
+def _text_of(row: int, example: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Its token ids and labels, without padding."""
+    ids = torch.as_tensor(example["input_ids"])
+    labels = torch.as_tensor(example.get("labels", example["input_ids"]))
+    text = torch.as_tensor(example.get("attention_mask", torch.ones_like(ids))).bool()
+    if not text.any() or not labels.shape == ids.shape == text.shape:
+        raise InvalidDataError(
+            f"example {row} has {len(ids)} tokens ({int(text.sum())} outside padding), {len(labels)} labels and an "
+            f"attention_mask of {len(text)}; needed are as many of each, and a token outside padding"
+        )
+    return ids[text], labels[text]
 
 
 def run(options: Options) -> dict[str, Any]:
