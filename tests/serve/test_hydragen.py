@@ -114,10 +114,38 @@ def test_chat_messages_take_the_template():
     assert chat.token_ids == text.token_ids
 
 
+def test_messages_that_no_template_takes_are_refused():
+    model, tokenizer, chat = stemma.enable(tiny_model(seed=3)), byte_tokenizer(), [{"role": "user", "content": "hello"}]
+    with pytest.raises(
+        stemma.InvalidBatchError, match="prompt 0 is chat messages, and the tokenizer has no chat templ"
+    ):
+        generate(model, tokenizer, [chat], max_new_tokens=5)
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(stemma.InvalidBatchError, match=r"messages of prompt 1 \(roles must alternate\)"):
+        generate(model, tokenizer, ["a", chat], max_new_tokens=5)
+    prefix = stemma.SharedPrefix.from_ids(model, [5, 6])
+    with pytest.raises(stemma.InvalidBatchError, match=r"prompt 0 is chat messages, .* cannot follow a prefix"):
+        generate(model, tokenizer, [chat], max_new_tokens=5, prefix=prefix)
+
+
 def test_nothing_is_shared_with_one_row():
     got = generate(cached("llama, grouped queries"), None, [list(range(2, 40))], max_new_tokens=3)
     assert (got.report.rectangles, got.report.shared_bytes, got.report.tail_tokens) == (0, 0, 37)
-    assert "nothing shared" in str(got.report)
+    assert "nothing shared while decoding" in str(got.report)
+    assert got.report.own_bytes == got.report.dense_bytes == 37 * 2 * 2 * 2 * 8 * 8  # like with like
+
+
+def test_the_report_tells_a_prefix_from_what_the_call_encoded():
+    model = cached("llama, grouped queries")
+    prefix = stemma.SharedPrefix.from_ids(model, list(range(2, 42)))
+    one, two = (
+        generate(model, None, rows, max_new_tokens=3, prefix=prefix).report for rows in ([[5, 6]], [[7] * 4] * 2)
+    )
+    assert (one.row_tokens, one.encoded_tokens, one.prefix_tokens) == (41, 1, 40)
+    assert "41 prompt tokens of which 1 were encoded; 40 are the prefix of 40, encoded before" in str(one)
+    both = one + two
+    assert (both.prompts, both.rows, both.row_tokens, both.encoded_tokens) == (3, 3, 41 + 2 * 43, 1 + 3)
+    assert (both.prefix_tokens, both.dense_bytes) == (40, max(one.dense_bytes, two.dense_bytes))
 
 
 def test_shared_bytes_do_not_grow_with_the_batch():
@@ -189,6 +217,19 @@ def test_a_prefix_is_read_where_it_lies():
     assert {x.data_ptr() for states in prefix.states.values() for x in states} <= read
 
 
+def test_a_prefix_that_cannot_be_made_or_written_is_one_message(tmp_path, monkeypatch):
+    with pytest.raises(stemma.UnsupportedModelError, match=r"call stemma.enable\(model\) first.$"):
+        stemma.SharedPrefix.from_ids(tiny_model(**SIZES), [3, 4, 5])
+    prefix = stemma.SharedPrefix.from_ids(cached("llama, grouped queries"), [3, 4, 5])
+    (tmp_path / "file").touch()
+    with pytest.raises(stemma.InvalidDataError, match="cannot write a prefix"):
+        prefix.save_pretrained(tmp_path / "file")
+    monkeypatch.setattr("os.replace", mock.Mock(side_effect=OSError("No space left on device")))
+    with pytest.raises(stemma.InvalidDataError, match="No space left"):
+        prefix.save_pretrained(tmp_path / "folder")
+    assert list((tmp_path / "folder").iterdir()) == []
+
+
 def test_a_stale_or_foreign_prefix_is_refused():
     model = decoder()
     prefix = stemma.SharedPrefix.from_ids(model, [3, 4, 5])
@@ -234,6 +275,18 @@ def test_a_prefix_knows_the_active_adapter():
         ([[5]], {"use_cache": False}, ValueError, "leaves nothing to share"),
         ([[5]], {"output_attentions": True}, stemma.UnsupportedModelError, "attention weights"),
         ([[5]], {"no_such_option": 1}, ValueError, "no_such_option"),
+        ("Hello", {}, stemma.InvalidBatchError, r"prompts is a list of prompts; write \[prompt\]"),
+        ([{"role": "user", "content": "hi"}], {}, stemma.InvalidBatchError, r"write \[prompt\]"),
+        ({"input_ids": [[5]]}, {}, stemma.InvalidBatchError, r"write \[prompt\]"),
+        ([5, 6], {}, stemma.InvalidBatchError, r"write \[prompt\]"),
+        (torch.tensor([5, 6]), {}, stemma.InvalidBatchError, r"write \[prompt\]"),
+        ([[5], 6], {}, stemma.InvalidBatchError, "prompt 1 must be a text"),
+        ([[5], {"prompt": "a"}], {}, stemma.InvalidBatchError, "prompt 1 must be a text"),
+        ([[5]], {"prefix": "text"}, stemma.InvalidBatchError, "prefix must be a SharedPrefix, got str"),
+        ([[5]], {"sharing": "always"}, ValueError, "sharing must be a Config, got 'always'"),
+        ([[5]], {"top_p": 0.9}, ValueError, "top_p=0.9 is of sampling"),
+        ([[5]], {"top_k": 5, "do_sample": False}, ValueError, "top_k=5 is of sampling"),
+        ([[5]], {"temperature": 0.7}, ValueError, "temperature=0.7 is of sampling"),
     ],
 )
 def test_refusals(rows, options, error, words):

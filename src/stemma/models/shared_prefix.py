@@ -10,6 +10,7 @@ import json
 import os
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from stemma.cache.states import even_heads
 from stemma.errors import InvalidBatchError, InvalidDataError, UnsupportedModelError
-from stemma.models.adapter import LAYOUT_ARGUMENT, TreeCall, base_model, tree_call
+from stemma.models.adapter import LAYOUT_ARGUMENT, TreeCall, base_model, is_enabled, tree_call
 from stemma.models.fingerprint import active_adapters, fingerprint
 from stemma.models.forward import check_batch, check_calls, check_model, dynamic_rope_limit
 from stemma.models.streaming import Part, partition
@@ -83,7 +84,7 @@ class SharedPrefix:
 
     @classmethod
     def _encode(cls, model: Any, above: "SharedPrefix | None", ids: Any, max_tokens: int | None) -> "SharedPrefix":
-        check_model(model)
+        _check_model(model)
         new = as_ids(ids, "the prefix")
         if new.size == 0:
             raise InvalidBatchError("a prefix needs at least one token.")
@@ -140,7 +141,9 @@ class SharedPrefix:
 
         Raises:
             InvalidBatchError: the model is gone, or has changed since the prefix was encoded.
+            InvalidDataError: the folder cannot be written.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         model = self._alive()
@@ -152,20 +155,27 @@ class SharedPrefix:
                 tensors[f"{number}.{names[module]}.key"] = key.contiguous()
                 tensors[f"{number}.{names[module]}.value"] = value.contiguous()
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         file, about = folder / _TENSORS, folder / _ABOUT
         temporary = file.with_name(f".{file.name}.tmp"), about.with_name(f".{about.name}.tmp")
-        save_file(tensors, temporary[0])
         described = {
             "format": _FORMAT,
             "tokens": [step.added for step in self.path],
             "modules": [names[module] for module in self.states],
             "model": fingerprint(model),
-            "sha256": _sha256(temporary[0]),
         }
-        temporary[1].write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary[0], file)  # between the two the digest does not fit, and neither is read
-        os.replace(temporary[1], about)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, temporary[0])
+            described["sha256"] = _sha256(temporary[0])
+            temporary[1].write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+            os.replace(temporary[0], file)  # between the two the digest does not fit, and neither is read
+            os.replace(temporary[1], about)
+        except (OSError, SafetensorError) as error:
+            raise InvalidDataError(f"cannot write a prefix to {folder}: {error}; choose another folder.") from error
+        finally:
+            for path in temporary:
+                with suppress(OSError):
+                    path.unlink()
 
     @classmethod
     def from_pretrained(cls, model: Any, folder: str | os.PathLike[str]) -> "SharedPrefix":
@@ -181,7 +191,7 @@ class SharedPrefix:
         """
         from safetensors.torch import load_file
 
-        check_model(model)
+        _check_model(model)
         inner, folder = base_model(model), Path(folder)
         try:
             about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
@@ -226,6 +236,16 @@ class SharedPrefix:
                 "the model has changed since this prefix was encoded (weights, precision, device or active adapters); "
                 "make the prefix again with SharedPrefix.from_ids(model, ids)."
             )
+
+
+def _check_model(model: nn.Module) -> None:
+    """As :func:`check_model`, which knows another way out than a prefix has."""
+    if not is_enabled(model):
+        raise UnsupportedModelError(
+            f"{type(base_model(model)).__name__} has not been enabled for shared prefixes; call stemma.enable(model) "
+            "first."
+        )
+    check_model(model)
 
 
 def _sha256(path: Path) -> str:

@@ -25,7 +25,7 @@ Relations: :mod:`stemma.attention.tree` is the same decomposition with gradients
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     from stemma.train.recipe import Options
 
-__all__ = ["Config", "Generations", "generate", "prompt_ids"]
+__all__ = ["Config", "Generations", "Report", "generate", "prompt_ids"]
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """A text, token ids, or the messages of a chat."""
@@ -57,6 +57,8 @@ _REFUSED = {
     "prompt_lookup_num_tokens": "a cache of shared prefixes is not made for assisted decoding; leave it out",
     "custom_generate": "it would need to know the cache; leave it out",
 }
+_OF_SAMPLING: dict[str, tuple[float, ...]] = {"temperature": (0, 1), "top_p": (1,), "top_k": (0,)}
+"""Options that only sampling reads, and their values that change nothing without it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +82,39 @@ class Config:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Report(SharingReport):
+    """What a call shared."""
+
+    prefix_tokens: int
+    """Tokens of ``prefix=``, with which each row begins and which were encoded before the call."""
+    own_bytes: int
+    """Prompts in the rows' own buffers, with padding and without room for new tokens."""
+    dense_bytes: int
+    """Keys and values of the same prompts repeated for each row, with padding and without room for new tokens."""
+
+    @classmethod
+    def of(cls, cache: SharedPrefixCache, prompts: int, prefix: SharedPrefix | None) -> "Report":
+        """The report on a cache before it has new tokens."""
+        found, states = asdict(cache.report(prompts)), cache.states
+        found["own_bytes"] = states.num_rows * states.tail * states.token_bytes
+        found["dense_bytes"] = states.num_rows * int(states.tokens.max(initial=0)) * states.token_bytes
+        return cls(**found, prefix_tokens=0 if prefix is None else prefix.length)
+
+    def __add__(self, other: "Report") -> "Report":
+        """Of two calls, one after the other: what was counted adds up; lengths and bytes are those of the larger."""
+        a, b = asdict(self), asdict(other)
+        larger = {"prefix_tokens", "tail_tokens", "shared_bytes", "own_bytes", "dense_bytes"}
+        return Report(**{name: max(a[name], b[name]) if name in larger else a[name] + b[name] for name in a})
+
+    def __str__(self) -> str:
+        first, decoding, held = super().__str__().split("\n")
+        if self.prefix_tokens:
+            first += f"; {self.rows * self.prefix_tokens} are the prefix of {self.prefix_tokens}, encoded before"
+        decoding = decoding.replace("nothing shared:", "nothing shared while decoding:")
+        return "\n".join([first, decoding, held])
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Generations:
     """What `generate` returns: for each of ``B`` prompts its ``G`` sequences."""
@@ -91,7 +126,7 @@ class Generations:
     output: Any
     """What transformers' `generate` returned: ``(B * G, length)`` whole rows, padded on both sides, or an object with
     ``return_dict_in_generate=True``."""
-    report: SharingReport | None
+    report: Report | None
     """What was shared; None with ``share="never"``."""
 
 
@@ -124,18 +159,27 @@ def generate(
             of token ids.
         max_new_tokens: most new tokens of a row.
         prefix: what all prompts begin with, encoded before; prompts are then what follows it. Texts are tokenized by
-            themselves, without special tokens.
+            themselves, without special tokens; messages cannot follow a prefix.
         sharing: how prefixes are shared.
         generation_config: of transformers, in place of the model's own.
         generation_kwargs: any other option of ``model.generate``: ``num_return_sequences``, ``num_beams``,
             ``do_sample``, ``temperature``, ``logits_processor``, ``stopping_criteria``, ``stop_strings``, ...
 
     Raises:
-        InvalidBatchError: no prompt, an empty one, ids outside the vocabulary, more tokens (new ones included) than the
+        InvalidBatchError: no prompt, an empty one, one that is not in a list, messages that the chat template does not
+            take or that would follow a prefix, ids outside the vocabulary, more tokens (new ones included) than the
             model has positions, rotary frequencies that would change with the length, or a prefix of another model.
         UnsupportedModelError: a layer of the model cannot share its keys and values, or an active dropout.
-        ValueError: an option that cannot be combined with shared prefixes.
+        ValueError: an option that cannot be combined with shared prefixes, or one of sampling without ``do_sample``.
     """
+    if sharing is not None and not isinstance(sharing, Config):
+        raise ValueError(f'sharing must be a Config, got {sharing!r}; write sharing=Config(share="always"), say.')
+    if prefix is not None and not isinstance(prefix, SharedPrefix):
+        raise InvalidBatchError(
+            f"prefix must be a SharedPrefix, got {type(prefix).__name__}; make one with "
+            "stemma.SharedPrefix.from_ids(model, ids)."
+        )
+    prompts = _listed(prompts)
     sharing = sharing or Config()
     inner: PreTrainedModel = base_model(model)
     config = _generation_config(inner, tokenizer, generation_config, generation_kwargs)
@@ -143,8 +187,6 @@ def generate(
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
     ids = [prompt_ids(tokenizer, prompt, index, prefix is not None) for index, prompt in enumerate(prompts)]
-    if not ids:
-        raise InvalidBatchError("there are no prompts; give at least one.")
     whole = ids if prefix is None else [[*prefix.ids.tolist(), *row] for row in ids]
     check_lengths(model, max(map(len, whole)) + max_new_tokens)
     rows = max(config.num_beams or 1, config.num_return_sequences or 1)
@@ -165,7 +207,7 @@ def generate(
                 min_shared=sharing.min_shared,
                 **({"call_bytes": 0} if sharing.share == "always" else {}),
             )
-            report = cache.report(len(ids))
+            report = Report.of(cache, len(ids), prefix)
             kwargs["past_key_values"] = cache
         output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=config, **kwargs)
         if sharing.share != "never":
@@ -195,19 +237,22 @@ def prompt_ids(
         continues: it follows a prefix, so a text gets no special tokens.
 
     Raises:
-        InvalidBatchError: an empty prompt, a text or messages without a tokenizer, or something else.
+        InvalidBatchError: an empty prompt, a text or messages without a tokenizer, messages that its chat template does
+            not take or that follow a prefix, or something else.
     """
-    if isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Mapping)):
+    ids: Any = prompt
+    if isinstance(prompt, str) or (not _is_item(prompt) and len(prompt) > 0 and isinstance(prompt[0], Mapping)):
         if tokenizer is None:
             raise InvalidBatchError(f"prompt {index} is text, which needs a tokenizer; give one, or token ids.")
         if isinstance(prompt, str):
             ids = tokenizer(prompt, add_special_tokens=not continues)["input_ids"]
-        else:
-            ids = tokenizer.apply_chat_template(
-                list(prompt), add_generation_prompt=True, tokenize=True, return_dict=False
+        elif continues:
+            raise InvalidBatchError(
+                f"prompt {index} is chat messages, whose template begins anew, and cannot follow a prefix; apply the "
+                "template and give the token ids behind the prefix."
             )
-    else:
-        ids = prompt
+        else:
+            ids = _chat_ids(tokenizer, prompt, index)
     try:
         found = [int(token) for token in ids]
     except (TypeError, ValueError):
@@ -217,6 +262,39 @@ def prompt_ids(
     if not found:
         raise InvalidBatchError(f"prompt {index} is empty; generation needs at least one token to start from.")
     return found
+
+
+def _chat_ids(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Any], index: int) -> Any:
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise InvalidBatchError(
+            f"prompt {index} is chat messages, and the tokenizer has no chat template; set tokenizer.chat_template, or "
+            "give texts."
+        )
+    try:
+        return tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+    except Exception as error:  # a template raises what it likes
+        reason = str(error).strip().partition("\n")[0]
+        raise InvalidBatchError(
+            f"the tokenizer's chat template does not take the messages of prompt {index} ({reason}); give them the "
+            "roles and fields that it expects."
+        ) from error
+
+
+def _is_item(value: Any) -> bool:
+    """Whether a value is at most part of a prompt: a message, a token id."""
+    return isinstance(value, Mapping) or not hasattr(value, "__len__") or getattr(value, "ndim", None) == 0
+
+
+def _listed(prompts: Any) -> list[Any]:
+    """The prompts, unless they are a single one."""
+    listed = [] if isinstance(prompts, (str, bytes, Mapping)) else list(prompts)
+    if isinstance(prompts, (str, bytes, Mapping)) or (listed and all(map(_is_item, listed))):
+        raise InvalidBatchError(f"prompts is a list of prompts; write [prompt] for a single one, got {prompts!r:.60}.")
+    if not listed:
+        raise InvalidBatchError("there are no prompts; give at least one.")
+    return listed
 
 
 @contextmanager
@@ -246,6 +324,10 @@ def _generation_config(
     for name, value in options.items():
         if hasattr(config, name):
             setattr(config, name, value)
+    if not (model.generation_config if config.do_sample is None else config).do_sample:
+        for name, idle in _OF_SAMPLING.items():
+            if options.get(name) not in (None, *idle):
+                raise ValueError(f"{name}={options[name]} is of sampling; set do_sample=True, or leave it out.")
     if config.cache_implementation not in (None, "dynamic", "hybrid"):
         raise ValueError(
             f"cache_implementation={config.cache_implementation!r} and shared prefixes are two caches; leave it out."
