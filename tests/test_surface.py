@@ -53,8 +53,9 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         "min_shared",
     ),
     "generate": (
-        *("model", "prompts", "prefix", "save_prefix", "output", "max_new_tokens", "num_return_sequences", "num_beams"),
-        *("temperature", "top_p", "top_k", "stop_strings", "share", "max_tokens", "dtype", "device", "seed", "report"),
+        *("model", "prompts", "prefix", "save_prefix", "output", "resume", "batch_size", "max_new_tokens"),
+        *("num_return_sequences", "num_beams", "temperature", "top_p", "top_k", "stop_strings", "share", "max_tokens"),
+        *("dtype", "device", "seed", "report"),
     ),
     "methods": ("method",),
     "run": ("seeds", "output_dir", "cache_dir", "quick", "method"),

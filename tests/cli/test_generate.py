@@ -1,9 +1,13 @@
 """`stemma generate`: lines as from transformers' generate, prompts of all kinds, refusals with the line."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from stemma.cli.generate import Config, read_prompts
 from stemma.cli.main import main
@@ -50,6 +54,7 @@ def test_lines_are_those_of_transformers(folder, tmp_path, capsys):
 def test_a_prefix_goes_before_all_prompts_and_seeds_repeat(folder, tmp_path):
     def run(name, records, *flags):
         output = tmp_path / f"{name}.jsonl"
+        output.unlink(missing_ok=True)
         prompts = write(tmp_path / "prompts.jsonl", *records)
         flags = ["--prompts", str(prompts), "--output", str(output), "--max-new-tokens", "5", *flags]
         assert main(["generate", str(folder), *flags]) == 0
@@ -97,6 +102,17 @@ def test_messages_are_prompts(tmp_path):
     assert read_prompts(write(tmp_path / "prompts.jsonl", {"messages": messages})) == [messages]
 
 
+def test_a_broken_line_is_named_with_its_column(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a\u2028b"}\n{"prompt": "a"\n', encoding="utf-8")
+    with pytest.raises(InvalidDataError, match=r"prompts.jsonl:2: not JSON .*column 15"):
+        read_prompts(path)
+    for content, words in (("\n", "is empty"), ("[1]\n", "line 1: expected a JSON object")):
+        path.write_text(content, encoding="utf-8")
+        with pytest.raises(InvalidDataError, match=words):
+            read_prompts(path)
+
+
 def test_failures_are_one_message(folder, tmp_path, capsys):
     prompts = write(tmp_path / "prompts.jsonl", {"prompt_ids": [999]})
     assert main(["generate", str(folder), "--prompts", str(prompts)]) == 1
@@ -105,6 +121,69 @@ def test_failures_are_one_message(folder, tmp_path, capsys):
     (tmp_path / "prefix.txt").write_text("a", encoding="utf-8")
     assert main(["generate", str(folder), "--prompts", str(messages), "--prefix", str(tmp_path / "prefix.txt")]) == 1
     assert "--prefix is a text" in capsys.readouterr().err
+    assert main(["generate", str(folder), "--prompts", str(messages)]) == 1
+    assert "prompt 0 is chat messages, and the tokenizer has no chat template" in capsys.readouterr().err
+    assert main(["generate", str(folder / "config.json"), "--prompts", str(prompts)]) == 1
+    message = capsys.readouterr().err
+    assert "give the folder of a saved model" in message
+    assert "--random-init" not in message
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_standard_output_is_one_message(folder, tmp_path):
+    prompts = write(tmp_path / "prompts.jsonl", {"prompt_ids": [5, 6]})
+    command = [sys.executable, "-m", "stemma.cli.main", "generate", str(folder), "--prompts", str(prompts)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*command, "--max-new-tokens=2"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert "cannot write to standard output: No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def with_special_tokens(folder, single):
+    """The folder of the model with a tokenizer that writes special tokens around a text."""
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=single, special_tokens=[("<eos>", tokenizer.eos_token_id)]
+    )
+    tiny_model(seed=4).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_no_special_token_stands_between_a_prefix_and_a_prompt(tmp_path, capsys):
+    model = with_special_tokens(tmp_path / "model", "<eos> $A")
+    (tmp_path / "prefix.txt").write_text("document. ", encoding="utf-8")
+    common = ["generate", str(model), "--max-new-tokens", "5", "--json"]
+    given = write(tmp_path / "rest.jsonl", {"prompt": "A"}, {"prompt": "B"})
+    assert main([*common, "--prompts", str(given), "--prefix", str(tmp_path / "prefix.txt")]) == 0
+    result = json.loads(capsys.readouterr().out)
+    whole = [{"prompt_ids": [256, *f"document. {name}".encode()]} for name in "AB"]
+    assert main([*common, "--prompts", str(write(tmp_path / "whole.jsonl", *whole))]) == 0
+    assert json.loads(capsys.readouterr().out)["generations"] == result["generations"]
+
+    behind = with_special_tokens(tmp_path / "behind", "$A <eos>")
+    flags = ["--prompts", str(given), "--prefix", str(tmp_path / "prefix.txt")]
+    assert main(["generate", str(behind), *flags]) == 1
+    assert "special tokens behind a text" in capsys.readouterr().err
+
+
+def test_the_report_counts_the_prefix(folder, tmp_path, capsys):
+    (tmp_path / "prefix.txt").write_text("x" * 40, encoding="utf-8")
+    prompts = write(tmp_path / "prompts.jsonl", {"prompt": "one"}, {"prompt": "two"}, {"prompt": "sixteen"})
+    encoded = str(tmp_path / "encoded")
+    common = ["generate", str(folder), "--prompts", str(prompts), "--max-new-tokens", "3", "--report", "--json"]
+    for batching in ([], ["--batch-size=2"]):
+        flags = ["--prefix", str(tmp_path / "prefix.txt"), *([] if batching else ["--save-prefix", encoded])]
+        assert main([*common, *flags, *batching]) == 0
+        captured = capsys.readouterr()
+        assert "130 prompt tokens of which 10 were encoded; 120 are the prefix of 40" in captured.err
+        assert "prefix: 40 tokens, encoded once, 80 fewer encoded" in captured.err
+        result = json.loads(captured.out)
+        assert result["prefix"] == {"tokens": 40, "encoded": True, "saved_tokens": 80}
+        assert (result["report"]["rows"], result["report"]["prefix_tokens"]) == (3, 40)
+    assert main([*common, "--prefix", encoded]) == 0
+    assert f"prefix: 40 tokens, read from {encoded}, 120 fewer encoded" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -116,10 +195,12 @@ def test_failures_are_one_message(folder, tmp_path, capsys):
         ({"top_k": -1}, "--top-k"),
         ({"num_beams": 2, "temperature": 1.0}, "choose one"),
         ({"num_return_sequences": 2}, "the same sequence again"),
+        ({"top_p": 0.9}, "--top-p is of sampling"),
+        ({"top_k": 5}, "--top-k is of sampling"),
+        ({"batch_size": 0}, "--batch-size"),
+        ({"resume": True}, "--resume continues an --output"),
     ],
 )
 def test_options_are_refused(options, words):
-    from pathlib import Path
-
     with pytest.raises(ValueError, match=words):
         Config(model="m", prompts=Path("p"), **options)

@@ -1,4 +1,4 @@
-"""Batches for commands that look at one: read from a file of token ids, or made up from three lengths."""
+"""Lines of JSON, and batches for commands that look at one: read from a file, or made up from three lengths."""
 
 import json
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from stemma.errors import InvalidDataError
 if TYPE_CHECKING:
     from stemma.prefix.tree import PrefixTree
 
-__all__ = ["made_up_tree", "read_tree"]
+__all__ = ["made_up_tree", "read_lines", "read_tree"]
 
 
 def read_tree(path: Path, min_shared: int = 8) -> "PrefixTree":
@@ -27,7 +27,8 @@ def read_tree(path: Path, min_shared: int = 8) -> "PrefixTree":
     sequences: list[list[int]] = []
     prompts: list[list[int]] = []
     completions: list[list[list[int]]] = []
-    for where, record in _records(path):
+    for number, record in read_lines(path):
+        where = f"{path}:{number}"
         if isinstance(record, dict) and "prompt_ids" in record and "completion_ids" in record:
             prompts.append(_ids(record["prompt_ids"], where, "prompt_ids"))
             if not isinstance(record["completion_ids"], list):
@@ -69,15 +70,20 @@ def made_up_tree(
     return PrefixTree.from_groups([prompt], [responses], min_shared=min_shared)
 
 
-def _records(path: Path) -> Iterator[tuple[str, Any]]:
+def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """The JSON values of a file with their line numbers from 1; blank lines are skipped.
+
+    Raises:
+        InvalidDataError: unreadable file, or a line that is not JSON; names line and column.
+    """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # and not where else a text may break a line
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidDataError(f"{path} cannot be read: {error}") from error
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
-                yield f"{path}:{number}", json.loads(line)
+                yield number, json.loads(line)
             except json.JSONDecodeError as error:
                 raise InvalidDataError(f"{path}:{number}: not JSON ({error.msg} at column {error.colno}).") from error
 

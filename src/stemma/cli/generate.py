@@ -4,17 +4,30 @@
 "..."}]} for the tokenizer's chat template, or {"prompt_ids": [5, 9, 2]}. The tokens are those that transformers'
 generate gives; only the time and memory differ. A line of --output is {"prompt": 0, "sample": 0, "text": "...",
 "token_ids": [4, 7]}.
+
+With --batch-size, Ctrl-C or SIGTERM stops after the batch; --resume continues to the same file.
 """
 
-from collections.abc import Mapping
+import dataclasses
+import hashlib
+import json
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from stemma.errors import InvalidDataError, UnsupportedModelError
+
 if TYPE_CHECKING:
-    from stemma.serve.hydragen import Prompt
+    from stemma.models.shared_prefix import SharedPrefix
+    from stemma.serve.hydragen import Prompt, Report
 
 __all__ = ["Config", "main", "read_prompts"]
 
@@ -31,9 +44,14 @@ class Config:
     """Text file that all prompts begin with, encoded once, before them; or the folder of an encoded one. Not with
     messages."""
     save_prefix: Path | None = None
-    """Folder for the encoded --prefix, which this model then reads instead of encoding it again."""
+    """Folder for the encoded --prefix, which this model then reads instead of encoding it again; must not exist yet,
+    unless --resume is given."""
     output: Path | None = None
-    """JSONL file of the generations; standard output when not given."""
+    """JSONL file of the generations, must not exist yet; standard output when not given."""
+    resume: bool = False
+    """Continue the --output of a generation that was interrupted; other flags as before."""
+    batch_size: int | None = None
+    """Prompts that are decoded together, and share; None: all."""
     max_new_tokens: int = 256
     """Most new tokens of a sequence."""
     num_return_sequences: int = 1
@@ -62,18 +80,23 @@ class Config:
     """Print what was shared, to standard error."""
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "num_return_sequences", "num_beams", "max_tokens"):
+        for name in ("batch_size", "max_new_tokens", "num_return_sequences", "num_beams", "max_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")
         if self.save_prefix is not None and self.prefix is None:
             raise ValueError("--save-prefix keeps the encoded --prefix; give one.")
+        if self.resume and self.output is None:
+            raise ValueError("--resume continues an --output; give one.")
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"--temperature must be 0 or a positive number, got {self.temperature}.")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top-p must lie in (0, 1], got {self.top_p}.")
         if self.top_k < 0:
             raise ValueError(f"--top-k must be 0 or positive, got {self.top_k}.")
+        if self.temperature == 0 and (self.top_p < 1 or self.top_k):
+            name = "--top-p" if self.top_p < 1 else "--top-k"
+            raise ValueError(f"{name} is of sampling, which --temperature 0 does not do; set --temperature too.")
         if self.num_beams > 1 and self.temperature > 0:
             raise ValueError("--num-beams above 1 searches and --temperature above 0 samples; choose one.")
         if self.temperature == 0 and self.num_return_sequences > self.num_beams:
@@ -84,80 +107,135 @@ class Config:
 
 
 def main(config: Config) -> dict[str, Any]:
-    """Generate, write the lines and return them with the report."""
-    import dataclasses
-    import json
-    import os
-    import sys
-
-    import torch
-
-    import stemma
-    from stemma.errors import InvalidDataError
-    from stemma.models.loading import load_model
-    from stemma.serve.hydragen import Config as Sharing
+    """Generate and write the lines; the result is these and the report, or, after a signal, how to go on."""
+    from stemma.cli._generate_output import Output
+    from stemma.train.checkpoint import StopSignal
 
     prompts = read_prompts(config.prompts)
-    prefix_text, encoded = None, config.prefix is not None and config.prefix.is_dir()
-    if encoded and any(isinstance(prompt[0], Mapping) for prompt in prompts):
-        raise InvalidDataError("--prefix stands in front of texts or token ids; give prompts without messages with it.")
-    if config.prefix is not None and not encoded:
-        try:
-            prefix_text = config.prefix.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InvalidDataError(f"{config.prefix} cannot be read: {error}") from error
-        if any(not isinstance(prompt, str) for prompt in prompts):
-            raise InvalidDataError("--prefix is a text in front of texts; give prompts as text with it.")
-    model = load_model(config.model, dtype=config.dtype, device=config.device)
-    tokenizer = _tokenizer(config.model, needed=any(not _is_ids(prompt) for prompt in prompts))
-    handle = None
-    if config.prefix is not None:
-        stemma.enable(model)
-        if encoded:
-            handle = stemma.SharedPrefix.from_pretrained(model, config.prefix)
-        else:
-            assert tokenizer is not None
-            ids = tokenizer(prefix_text)["input_ids"]
-            handle = stemma.SharedPrefix.from_ids(model, ids, max_tokens=config.max_tokens)
-        if config.save_prefix is not None:
-            handle.save_pretrained(config.save_prefix)
-    torch.manual_seed(config.seed)
-    sampling: dict[str, Any] = {"do_sample": config.temperature > 0}
-    if config.temperature > 0:
-        sampling |= {"temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k}
-    result = stemma.generate(
-        model,
-        tokenizer,
-        prompts,
-        max_new_tokens=config.max_new_tokens,
-        prefix=handle,
-        sharing=Sharing(share=config.share, max_tokens=config.max_tokens),
-        num_return_sequences=config.num_return_sequences,
-        num_beams=config.num_beams,
-        **sampling,
-        **({"stop_strings": list(config.stop_strings)} if config.stop_strings else {}),
-    )
-    lines = [
-        {"prompt": number, "sample": sample, "token_ids": ids}
-        | ({} if result.texts is None else {"text": result.texts[number][sample]})
-        for number, group in enumerate(result.token_ids)
-        for sample, ids in enumerate(group)
-    ]
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    if config.output is None:
-        print(text, end="")
-    else:
-        config.output.parent.mkdir(parents=True, exist_ok=True)
-        temporary = config.output.with_name(f".{config.output.name}.tmp")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, config.output)
-    if config.report:
-        print(result.report or "nothing was shared (--share never)", file=sys.stderr)
-    return {
+    prefix_text = _prefix_text(config, prompts)
+    _check_save_prefix(config)
+    size = config.batch_size or len(prompts)
+    batches = [range(begin, min(begin + size, len(prompts))) for begin in range(0, len(prompts), size)]
+    lines: list[dict[str, Any]] = []
+    stop, output, job, report = None, None, None, None
+    with ExitStack() as stack:
+        done = 0
+        if config.output is not None:  # refuses a file that cannot be used before a model is loaded
+            counts = [len(batch) * config.num_return_sequences for batch in batches]
+            output = stack.enter_context(Output(config.output, _settings(config), counts, config.resume))
+            lines, done = list(output.lines), output.done
+        if done < len(batches):
+            job = _Job(config, prompts, prefix_text)
+        if output is not None and len(batches) - done > 1:
+            stop = stack.enter_context(StopSignal())
+        while job is not None and done < len(batches):
+            new, found = job.lines(done, batches[done])
+            if output is None:
+                _print("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in new))
+            else:
+                output.append(new)
+            lines += new
+            report = found if report is None or found is None else report + found
+            done += 1
+            if len(batches) > 1:
+                print(f"[{batches[done - 1].stop}/{len(prompts)}] prompts", file=sys.stderr, flush=True)
+            if stop is not None and stop.requested is not None:
+                break
+        if output is not None and done == len(batches):
+            output.finish()
+    prefix = None if job is None else job.saved(report)
+    if config.report and job is not None:
+        print(report or "nothing was shared (--share never)", file=sys.stderr)
+        if prefix is not None:
+            how = "encoded once" if prefix["encoded"] else f"read from {config.prefix}"
+            print(f"prefix: {prefix['tokens']} tokens, {how}, {prefix['saved_tokens']} fewer encoded", file=sys.stderr)
+    result = {
         "model": config.model,
         "generations": lines,
-        "report": None if result.report is None else dataclasses.asdict(result.report),
+        "report": None if report is None else dataclasses.asdict(report),
+        "prefix": prefix,
     }
+    if done < len(batches):
+        return {**result, **_interrupted(config, (stop and stop.requested) or signal.SIGTERM, len(prompts))}
+    return {**result, "status": "finished"}
+
+
+class _Job:
+    """The model, and the prompts as token ids; all that can be refused is refused before anything is encoded."""
+
+    def __init__(self, config: Config, prompts: "Sequence[Prompt]", prefix_text: str | None) -> None:
+        import stemma
+        from stemma.models.forward import check_batch
+        from stemma.models.loading import load_config, load_model
+        from stemma.models.shared_prefix import check_lengths
+        from stemma.prefix.tree import PrefixTree
+        from stemma.serve.hydragen import prompt_ids
+
+        if Path(config.model).is_file():
+            raise UnsupportedModelError(f"'{config.model}' is a file; give the folder of a saved model, with weights.")
+        load_config(config.model)
+        self.config, follows = config, config.prefix is not None
+        self.tokenizer = _tokenizer(config.model, needed=any(not _is_ids(prompt) for prompt in prompts))
+        self.rows = [prompt_ids(self.tokenizer, prompt, index, follows) for index, prompt in enumerate(prompts)]
+        head = [] if prefix_text is None else _prefix_ids(self.tokenizer, prefix_text)
+        self.model = load_model(config.model, dtype=config.dtype, device=config.device)
+        self.prefix: SharedPrefix | None = None
+        if follows or config.share != "never":
+            stemma.enable(self.model)
+        if config.prefix is not None and prefix_text is None:
+            self.prefix = stemma.SharedPrefix.from_pretrained(self.model, config.prefix)
+            head = self.prefix.ids.tolist()
+        check_lengths(self.model, len(head) + max(map(len, self.rows)) + config.max_new_tokens)
+        check_batch(self.model, PrefixTree.from_sequences(list({tuple(row): row for row in self.rows}.values())))
+        if prefix_text is not None:
+            self.prefix = stemma.SharedPrefix.from_ids(self.model, head, max_tokens=config.max_tokens)
+        if config.save_prefix is not None and self.prefix is not None:
+            self.prefix.save_pretrained(config.save_prefix)
+
+    def lines(self, number: int, batch: range) -> "tuple[list[dict[str, Any]], Report | None]":
+        """What a batch of prompts gives. Its samples depend on the seed and its number, not on earlier batches."""
+        import torch
+
+        import stemma
+        from stemma.serve.hydragen import Config as Sharing
+        from stemma.train.seeds import stream_seed
+
+        config = self.config
+        torch.manual_seed(stream_seed(config.seed, "batch", number) if number else config.seed)
+        sampling: dict[str, Any] = {"do_sample": config.temperature > 0}
+        if config.temperature > 0:
+            sampling |= {"temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k}
+        result = stemma.generate(
+            self.model,
+            self.tokenizer,
+            self.rows[batch.start : batch.stop],
+            max_new_tokens=config.max_new_tokens,
+            prefix=self.prefix,
+            sharing=Sharing(share=config.share, max_tokens=config.max_tokens),
+            num_return_sequences=config.num_return_sequences,
+            num_beams=config.num_beams,
+            **sampling,
+            **({"stop_strings": list(config.stop_strings)} if config.stop_strings else {}),
+        )
+        lines = [
+            {"prompt": batch[place], "sample": sample, "token_ids": ids}
+            | ({} if result.texts is None else {"text": result.texts[place][sample]})
+            for place, group in enumerate(result.token_ids)
+            for sample, ids in enumerate(group)
+        ]
+        return lines, result.report
+
+    def saved(self, report: "Report | None") -> dict[str, Any] | None:
+        """What the prefix saved against encoding it in each row."""
+        if self.prefix is None or report is None:
+            return None
+        assert self.config.prefix is not None
+        encoded = not self.config.prefix.is_dir()
+        return {
+            "tokens": self.prefix.length,
+            "encoded": encoded,
+            "saved_tokens": (report.rows - encoded) * self.prefix.length,
+        }
 
 
 def read_prompts(path: Path) -> "list[Prompt]":
@@ -166,11 +244,13 @@ def read_prompts(path: Path) -> "list[Prompt]":
     Raises:
         InvalidDataError: the file cannot be read or is empty, or a line holds not exactly one prompt; names the line.
     """
-    from stemma.data.records import read_jsonl, text_field
-    from stemma.errors import InvalidDataError
+    from stemma.cli._batch import read_lines
+    from stemma.data.records import text_field
 
     prompts: list[Prompt] = []
-    for number, record in read_jsonl(path):
+    for number, record in read_lines(path):
+        if not isinstance(record, dict):
+            raise InvalidDataError(f"{path}, line {number}: expected a JSON object, got {type(record).__name__}")
         given = [name for name in ("prompt", "messages", "prompt_ids") if name in record]
         if len(given) != 1:
             raise InvalidDataError(
@@ -185,7 +265,98 @@ def read_prompts(path: Path) -> "list[Prompt]":
             wanted = "messages (objects with role and content)" if given == ["messages"] else "integer token ids"
             raise InvalidDataError(f"{path}, line {number}: field '{given[0]}' must be a list of {wanted}")
         prompts.append(value)
+    if not prompts:
+        raise InvalidDataError(f"{path} is empty; expected one JSON object on each line")
     return prompts
+
+
+def _prefix_text(config: Config, prompts: "Sequence[Prompt]") -> str | None:
+    """The text of --prefix; None without one, or where it is the folder of an encoded one."""
+    if config.prefix is None:
+        return None
+    if config.prefix.is_dir():
+        if any(isinstance(prompt[0], Mapping) for prompt in prompts):
+            raise InvalidDataError(
+                "--prefix stands in front of texts or token ids; give prompts without messages with it."
+            )
+        return None
+    try:
+        text = config.prefix.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidDataError(f"{config.prefix} cannot be read: {error}") from error
+    if any(not isinstance(prompt, str) for prompt in prompts):
+        raise InvalidDataError("--prefix is a text in front of texts; give prompts as text with it.")
+    return text
+
+
+def _prefix_ids(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of the text with the special tokens in front of it; those of prompts behind it have none."""
+    plain: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    whole: list[int] = tokenizer(text)["input_ids"]
+    if whole[len(whole) - len(plain) :] != plain:
+        raise InvalidDataError(
+            "the tokenizer puts special tokens behind a text, so nothing can follow --prefix; leave it out, and begin "
+            "each prompt with its text."
+        )
+    return whole
+
+
+def _check_save_prefix(config: Config) -> None:
+    folder = config.save_prefix
+    if folder is None:
+        return
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not config.resume)):
+        raise InvalidDataError(
+            f"'{folder}' exists; read it with --prefix if it is an encoded prefix, or choose another --save-prefix"
+        )
+    above = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise InvalidDataError(f"cannot write '{folder}': '{above}' cannot be written; choose another --save-prefix")
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """What decides the lines; a resumed generation must have the same."""
+
+    def digest(path: Path) -> str:
+        return "sha256 " + hashlib.sha256(path.read_bytes() if path.is_file() else b"").hexdigest()[:16]
+
+    apart = ("prompts", "prefix", "save_prefix", "output", "resume", "stop_strings", "report")
+    values = {name: value for name, value in vars(config).items() if name not in apart}
+    values |= {"stop_strings": list(config.stop_strings), "prompts": digest(config.prompts), "prefix": None}
+    if config.prefix is not None:
+        values["prefix"] = digest(config.prefix / "prefix.json" if config.prefix.is_dir() else config.prefix)
+    return values
+
+
+def _interrupted(config: Config, number: int, prompts: int) -> dict[str, Any]:
+    words = ["stemma", "generate", config.model, "--resume"]
+    for field in dataclasses.fields(Config):
+        value, flag = getattr(config, field.name), f"--{field.name.replace('_', '-')}"
+        if field.name in ("model", "resume") or value == field.default:
+            continue
+        if isinstance(value, bool):
+            words += [flag]
+        elif isinstance(value, tuple):
+            words += [flag, *value]
+        else:
+            words += [f"{flag}={value}"]
+    command = shlex.join(words)
+    print(
+        f"stopped by {signal.Signals(number).name} before all {prompts} prompts. Go on with: {command}", file=sys.stderr
+    )
+    return {"status": "interrupted", "resume_with": command, "exit_status": 128 + number}
+
+
+def _print(text: str) -> None:
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the rest would be tried again at exit
+        raise InvalidDataError(
+            f"cannot write to standard output: {error.strerror}; make room, or choose a file with --output"
+        ) from error
 
 
 def _is_ids(prompt: "Prompt") -> bool:
@@ -195,8 +366,6 @@ def _is_ids(prompt: "Prompt") -> bool:
 def _tokenizer(reference: str, needed: bool) -> Any:
     """The model's tokenizer; None where there is none and none is needed."""
     from transformers import AutoTokenizer
-
-    from stemma.errors import InvalidDataError
 
     try:
         return AutoTokenizer.from_pretrained(reference)
