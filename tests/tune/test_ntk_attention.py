@@ -13,6 +13,7 @@ from torch import Tensor
 
 import stemma
 from stemma.errors import InvalidBatchError, InvalidDataError, UnsupportedModelError
+from stemma.models.adapter import is_enabled
 from stemma.models.layer_attention import KERNEL_PREFIX
 from stemma.models.tiny import tiny_model
 from stemma.prefix.tree import PrefixTree
@@ -218,10 +219,15 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidDataError, match="does not fit"):
         load_adapter(other, tmp_path)
     assert parameter_count(other) == 0
+    assert not is_enabled(other)
     about = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(about | {"peft_type": "LORA"}))
     with pytest.raises(InvalidDataError, match="LORA"):
         load_adapter(make(), tmp_path)
+    for wrong in ("[]", "null", '"options"'):
+        (tmp_path / "adapter_config.json").write_text(wrong)
+        with pytest.raises(InvalidDataError, match="must be an object of options"):
+            load_adapter(make(), tmp_path)
 
 
 def test_parameters_stay_in_float32_and_travel_with_the_model() -> None:
@@ -257,14 +263,19 @@ def test_activation_checkpointing_changes_nothing() -> None:
         close(again[name], grad)
 
 
-def test_training_together_with_lora() -> None:
+@pytest.mark.parametrize("freeze", [True, False])
+def test_training_together_with_lora(freeze: bool) -> None:
     peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(make(), peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    attach(model, freeze=False)
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["norm"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(make(), lora)
+    before = {name for name, p in model.named_parameters() if p.requires_grad}
+    model.get_base_model().lm_head.requires_grad_(freeze)  # not what peft trains
+    attach(model, freeze=freeze)
+    assert {name for name, p in model.named_parameters() if p.requires_grad and KERNEL_PREFIX not in name} == before
     found = gradients(model, lambda: model(input_ids=tokens(9, 1, 6), labels=tokens(9, 1, 6)).loss)
     assert any("lora_B" in name for name in found)
     assert sum(KERNEL_PREFIX in name for name in found) == 4
-    assert all(KERNEL_PREFIX in name or "lora" in name for name in found)
+    assert all(KERNEL_PREFIX in name or "lora" in name or "modules_to_save" in name for name in found)
 
 
 def test_a_prefix_tree_sees_the_same_prefix() -> None:
@@ -333,6 +344,8 @@ def test_sampled_groups_see_the_prefix() -> None:
         ({"per": "token"}, "per must"),
         ({"rank": 0}, "rank must"),
         ({"initial_mass": -1.0}, "initial_mass"),
+        ({"initial_mass": float("nan")}, "initial_mass"),
+        ({"initial_mass": float("inf")}, "initial_mass"),
         ({"degree": 7}, "degree"),
         ({"feature_map": "relu"}, "name must"),
     ],
@@ -348,6 +361,7 @@ def test_options_that_do_not_fit_the_model_leave_it_alone(options: dict[str, Any
     with pytest.raises(ValueError, match=next(iter(options))):
         attach(model, Config(**options))
     assert parameter_count(model) == 0
+    assert not is_enabled(model)
     assert all(p.requires_grad for p in model.parameters())
 
 

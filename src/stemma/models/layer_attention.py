@@ -33,8 +33,9 @@ KERNEL_PREFIX = "kernel_prefix"
 output and a log-sum-exp, which are merged with the layer's attention, or None. Its ``active`` says what it depends on
 besides its parameters."""
 
-_HARMLESS = {"position_ids", "cache_position"}
-"""Tensors handed to attention functions that do not change what attention computes."""
+_HARMLESS = {"position_ids", "cache_position", "num_items_in_batch", "shift_labels"}
+"""Tensors handed to attention functions that do not change what attention computes; the last two are for the loss, and
+transformers' `Trainer` gives them to the whole model."""
 
 Observer = Callable[[nn.Module, Tensor, Tensor, Tensor, float], None]
 """Told the module, queries, keys, values and scale of each attention call."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from stemma.attention.decode import merge
 from stemma.errors import UnsupportedModelError
-from stemma.models.adapter import base_model
+from stemma.models.adapter import base_model, disable, enable, is_enabled
 from stemma.models.layer_attention import KERNEL_PREFIX, place
 from stemma.tune._kernel_prefix import KernelPrefix
 
@@ -22,6 +22,7 @@ __all__ = [
     "delete_adapter",
     "detach",
     "disable_adapter",
+    "enabled",
     "prefixes_of",
     "set_adapter",
 ]
@@ -106,15 +107,45 @@ def check_new_name(model: Any, adapter_name: str) -> None:
         raise ValueError(f"an adapter cannot be named {adapter_name!r}; choose a plain word.")
 
 
+@contextmanager
+def enabled(model: Any) -> Iterator[None]:
+    """Enable the model, if it is not; undone when what follows is refused."""
+    was = is_enabled(model)
+    if not was:
+        enable(model)
+    try:
+        yield
+    except Exception:
+        if not was:
+            disable(model)
+        raise
+
+
 def add_adapter(model: Any, adapter_name: str, made: dict[nn.Module, KernelPrefix], *, freeze: bool) -> None:
-    """Add prefixes to attention modules under a new name, and make them the active adapter."""
+    """Add prefixes to attention modules under a new name, and make them the active adapter.
+
+    With ``freeze`` nothing else is to be trained but what adapters of peft train.
+    """
     if freeze:
-        base_model(model).requires_grad_(False)
+        inner = base_model(model)
+        kept = {id(parameter) for parameter in _peft_parameters(inner)}
+        for parameter in inner.parameters():
+            if id(parameter) not in kept:
+                parameter.requires_grad_(False)
     for module, kernel in made.items():
         if not hasattr(module, KERNEL_PREFIX):
             NamedPrefixes().add_to(module)
         getattr(module, KERNEL_PREFIX)[adapter_name] = kernel
     set_adapter(model, adapter_name)
+
+
+def _peft_parameters(inner: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters of peft's adapters, which its layers list by the names of their sub-modules."""
+    for module in inner.modules():
+        for name in getattr(module, "adapter_layer_names", ()):
+            part = getattr(module, name, None)
+            if isinstance(part, nn.Module):
+                yield from part.parameters()
 
 
 def set_adapter(model: Any, adapter_name: str | Sequence[str]) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stemma.attention.kernelized import FeatureMap, KernelSums, kernel_answer, kernel_sums
+from stemma.attention.kernelized import FeatureMap, KernelSums, in_own_precision, kernel_answer, kernel_sums
 
 __all__ = ["KernelPrefix"]
 
@@ -18,7 +18,7 @@ class KernelPrefix(nn.Module):
     """``Z`` and ``k`` of the heads of one layer.
 
     With a positive map the parameters are ``log k`` and the mean values ``Z / k``, which do not grow with the length of
-    the prefix; with a signed one ``k`` and ``Z``. In float32 at least, whatever the model's type.
+    the prefix; with a signed one ``k`` and ``Z``. In float32 at least, whatever the model's type, and under autocast.
 
     Args:
         feature_map: of queries and keys.
@@ -88,6 +88,10 @@ class KernelPrefix(nn.Module):
 
     def forward(self, query: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """The answer ``(rows, heads, n, value_dim)`` to queries ``(rows, heads, n, head_dim)``, and its log-sum-exp."""
+        with in_own_precision(query.device):
+            return self._answer(query, scale)
+
+    def _answer(self, query: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         sums, positive = self.sums, self.feature_map.positive
         present = self.rows >= 0
         asked = query if self.everywhere else query[:, present]
@@ -114,13 +118,14 @@ class KernelPrefix(nn.Module):
         if not self.per_key_head:
             key, value = (x.repeat_interleave(self.rows.numel() // self.key_heads, dim=0) for x in (key, value))
         key, value = (x[list(self.chosen)].to(self.key) for x in (key, value))
-        features = self.feature_map(key, scale, self.projection)
-        sums = kernel_sums(features, value, positive=self.feature_map.positive)
         factor = torch.tensor(weight, dtype=self.key.dtype)
-        if self.feature_map.positive:
-            self._set(sums.key + factor.log(), sums.value)
-        else:
-            self._set(sums.key * factor, sums.value * factor)
+        with in_own_precision(key.device):
+            features = self.feature_map(key, scale, self.projection)
+            sums = kernel_sums(features, value, positive=self.feature_map.positive)
+            if self.feature_map.positive:
+                self._set(sums.key + factor.log(), sums.value)
+            else:
+                self._set(sums.key * factor, sums.value * factor)
 
     @torch.no_grad()
     def start(self, scale: float, mass: float | None) -> None:

@@ -12,7 +12,15 @@ from stemma.models.adapter import base_model, enable, is_enabled
 from stemma.models.forward import dynamic_rope_limit
 from stemma.models.layer_attention import observed_attention
 
-__all__ = ["States", "attention_calls", "peft_prefix_states", "prefix_states"]
+__all__ = [
+    "States",
+    "attention_calls",
+    "check_prefix",
+    "first_position",
+    "peft_prefix_states",
+    "prefix_cache",
+    "prefix_states",
+]
 
 States = Mapping[nn.Module, tuple[Tensor, Tensor]]
 """Keys ``(1, key_value_heads, m, head_dim)`` and values of a prefix, as attention sees them, by attention module."""
@@ -22,7 +30,8 @@ def prefix_states(model: Any, ids: Any) -> dict[nn.Module, tuple[Tensor, Tensor]
     """Keys and values of a prefix of token ids, as they are for tokens that follow at position 0.
 
     With rotary positions the prefix stands at positions ``-m`` to ``-1``, so that what follows sees it as in one
-    sequence. With learned positions there is nothing before 0; it stands at 0 to ``m - 1``.
+    sequence. With learned positions there is nothing before 0; it stands at 0 to ``m - 1``, and what follows sees it as
+    in one sequence only when it is given the ``position_ids`` from ``m`` on.
 
     Args:
         model: an enabled model, or one to enable.
@@ -49,7 +58,8 @@ def peft_prefix_states(model: Any) -> dict[nn.Module, tuple[Tensor, Tensor]]:
     """Keys and values that a prefix-tuning adapter of peft (P-tuning v2 included) has learned.
 
     peft puts them in the cache unrotated, and its tokens begin behind them, at position ``m``; with rotary positions
-    the keys are turned back by ``m`` here, so that tokens from position 0 on see the same.
+    the keys are turned back by ``m`` here, so that tokens from position 0 on see the same. With learned positions the
+    tokens themselves are others at position ``m``: what follows must be given the ``position_ids`` from ``m`` on.
 
     Args:
         model: a `PeftModel` whose active adapter is prefix tuning.
@@ -82,6 +92,62 @@ def _turned_back(inner: nn.Module, module: nn.Module, key: Tensor) -> Tensor:
             turned: Tensor = apply(key, key, cos, sin)[1]
             return turned
     raise UnsupportedModelError(f"the rotary embedding of {type(inner).__name__} cannot be turned back by stemma.")
+
+
+def check_prefix(model: Any, prefix: States) -> None:
+    """Refuse keys and values of other attention modules.
+
+    Raises:
+        InvalidBatchError: says what to call.
+    """
+    own = set(base_model(model).modules())
+    if not prefix or not set(prefix) <= own:
+        raise InvalidBatchError(
+            "the prefix must hold keys and values of this model's attention modules, and holds those of others (of "
+            "another model object or a copy) or none; call prefix_states or peft_prefix_states with this model."
+        )
+
+
+def first_position(model: Any, prefix: States, length: int) -> int:
+    """Position of the first of ``length`` tokens behind the exact prefix: 0, or ``m`` where positions are learned.
+
+    Raises:
+        InvalidBatchError: there are not as many positions.
+    """
+    if _rotary(model):
+        return 0
+    first = next(iter(prefix.values()))[0].shape[2]
+    limit = getattr(base_model(model).config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and first + length > limit:
+        raise InvalidBatchError(
+            f"a prefix of {first} tokens and inputs of {length} need {first + length} positions, and the model has "
+            f"{limit}; give shorter inputs."
+        )
+    return first
+
+
+@torch.no_grad()
+def prefix_cache(model: Any, prefix: States, rows: int) -> Any:
+    """A cache of transformers with the prefix in front of each row.
+
+    Raises:
+        UnsupportedModelError: the model's cache holds something else than the keys and values of attention.
+    """
+    from transformers import DynamicCache
+
+    inner, probe, cache = base_model(model), DynamicCache(), DynamicCache()
+    device = inner.get_input_embeddings().weight.device
+    inner(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device), past_key_values=probe, use_cache=True)
+    kept = [tuple((x.shape[1], x.shape[3]) for x in (layer.keys, layer.values)) for layer in probe.layers]
+    if kept != [tuple((x.shape[1], x.shape[3]) for x in states) for states in prefix.values()]:
+        raise UnsupportedModelError(
+            f"{type(inner).__name__} (model type '{inner.config.model_type}') caches something else than the keys and "
+            "values of its attention (latent attention, say), so the exact prefix cannot lie in its cache. Compare the "
+            "logits with those of the tokens of the prefix in front."
+        )
+    for number, states in enumerate(prefix.values()):
+        cache.update(*(x.expand(rows, -1, -1, -1) for x in states), number)
+    return cache
 
 
 def _rotary(model: Any) -> bool:

@@ -34,6 +34,7 @@ v2 and LoRA are in the package peft; LoRA can be trained together with this.
 """
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -46,7 +47,7 @@ from torch import Tensor, nn
 
 from stemma.attention.kernelized import FeatureMap
 from stemma.errors import InvalidDataError, UnsupportedModelError
-from stemma.models.adapter import base_model, enable, is_enabled
+from stemma.models.adapter import base_model
 from stemma.models.layer_attention import KERNEL_PREFIX
 from stemma.train.checkpoint import write_json
 from stemma.train.recipe import Options
@@ -60,10 +61,19 @@ from stemma.tune._adapters import (
     delete_adapter,
     detach,
     disable_adapter,
+    enabled,
     set_adapter,
 )
 from stemma.tune._kernel_prefix import KernelPrefix
-from stemma.tune._prefix_states import States, attention_calls, peft_prefix_states, prefix_states
+from stemma.tune._prefix_states import (
+    States,
+    attention_calls,
+    check_prefix,
+    first_position,
+    peft_prefix_states,
+    prefix_cache,
+    prefix_states,
+)
 
 __all__ = [
     "Config",
@@ -119,8 +129,8 @@ class Config:
             raise ValueError(f"per must be 'query_head' or 'key_head', got {self.per!r}.")
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"rank must be at least 1, or None; got {self.rank}.")
-        if self.initial_mass is not None and self.initial_mass < 0:
-            raise ValueError(f"initial_mass must be at least 0, or None; got {self.initial_mass}.")
+        if self.initial_mass is not None and not (self.initial_mass >= 0 and math.isfinite(self.initial_mass)):
+            raise ValueError(f"initial_mass must be a finite number of at least 0, or None; got {self.initial_mass}.")
         for name in ("layers", "heads"):  # JSON has lists
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
@@ -152,25 +162,29 @@ def attach(
         adapter_name: a new name, a part of the parameters' names.
         prefix: what the prefix is to stand for, from :func:`prefix_states` or :func:`peft_prefix_states`; None: an
             untrained one.
-        freeze: let only the new parameters be trained; False leaves the others as they are, but for other adapters.
+        freeze: let only the new parameters be trained, and what adapters of peft (LoRA) train already; False leaves all
+            others as they are, but for other adapters of this kind.
 
     Returns:
-        The same model.
+        The same model; one that is refused stays as it was.
 
     Raises:
         UnsupportedModelError: the attention of the model cannot be merged with a prefix.
-        ValueError: a name that is taken, layers or heads that it does not have, or a rank above the matrix's.
+        ValueError: a name that is taken, layers or heads that it does not have, a rank above the matrix's, or a prefix
+            of another model.
     """
     check_new_name(model, adapter_name)
-    add_adapter(model, adapter_name, _make(model, Config() if config is None else config, prefix), freeze=freeze)
+    if prefix is not None:
+        check_prefix(model, prefix)
+    with enabled(model):
+        made = _make(model, Config() if config is None else config, prefix)
+        add_adapter(model, adapter_name, made, freeze=freeze)
     return model
 
 
 def _make(model: Any, config: Config, prefix: States | None) -> dict[nn.Module, KernelPrefix]:
-    """The prefixes of an adapter by attention module, not yet added to them."""
+    """The prefixes of an adapter for an enabled model by attention module, not yet added to them."""
     inner = base_model(model)
-    if not is_enabled(model):
-        enable(model)
     implementation = inner.config.get_text_config()._attn_implementation
     if implementation not in ("stemma_sdpa", "stemma_eager"):
         raise UnsupportedModelError(
@@ -231,20 +245,25 @@ class ConversionError:
 def conversion_error(model: Any, prefix: States, inputs: Tensor) -> ConversionError:
     """Compare the active prefix with the exact one, whose keys and values lie in the cache.
 
+    The inputs begin at position 0 where positions are rotary. Learned ones begin at ``m``, behind the exact prefix; a
+    model with a stand-in must be given the same ``position_ids`` to be as close.
+
     Args:
         model: with an active prefix, in evaluation mode.
         prefix: the exact one.
         inputs: ``(rows, length)`` token ids that follow, without padding.
 
     Raises:
-        UnsupportedModelError: no prefix is active.
+        UnsupportedModelError: no prefix is active, or the cache of the model holds no keys and values.
+        InvalidBatchError: the prefix is of another model, or too long for learned positions.
     """
-    from transformers import DynamicCache
-
     if not active_adapters(model):
         raise UnsupportedModelError("the model has no active learned prefix to compare; attach one first.")
-    inner = base_model(model)
-    positions = torch.arange(inputs.shape[1], device=inputs.device).expand_as(inputs)
+    check_prefix(model, prefix)
+    inner, length = base_model(model), inputs.shape[1]
+    first = first_position(model, prefix, length)
+    positions = torch.arange(first, first + length, device=inputs.device).expand_as(inputs)
+    cache = prefix_cache(model, prefix, len(inputs))
 
     def predict(**extra: Any) -> Tensor:
         logits: Tensor = inner(input_ids=inputs, position_ids=positions, **extra).logits
@@ -253,9 +272,6 @@ def conversion_error(model: Any, prefix: States, inputs: Tensor) -> ConversionEr
     found = predict(use_cache=False)
     with disable_adapter(model):
         without = predict(use_cache=False)
-        cache = DynamicCache()
-        for number, (key, value) in enumerate(prefix.values()):
-            cache.update(*(x.expand(len(inputs), -1, -1, -1) for x in (key, value)), number)
         exact = predict(past_key_values=cache)
 
     def kl(logits: Tensor) -> float:
@@ -324,25 +340,31 @@ def load_adapter(
         tensors = load_file(folder / "adapter_model.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
         raise InvalidDataError(f"{folder} holds no adapter that stemma saved: {error}") from error
+    if not isinstance(options, dict):
+        raise InvalidDataError(
+            f"{folder} holds no adapter that stemma saved: adapter_config.json must be an object of options, and is "
+            f"{type(options).__name__}; give a folder that save_adapter wrote."
+        )
     kind, _ = options.pop("peft_type", None), options.pop("base_model_name_or_path", None)
     if kind != _TYPE:
         raise InvalidDataError(f"{folder} holds an adapter of type {kind!r}, not {_TYPE!r}; load it with peft.")
-    try:
-        made = _make(model, Config(**options), None)
-    except UnsupportedModelError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise InvalidDataError(f"{folder} does not fit the model: {error}") from error
-    own = _tensors(model, made)
-    shapes, expected = ({name: tuple(t.shape) for name, t in each.items()} for each in (tensors, own))
-    if shapes != expected:
-        name = sorted(set(shapes.items()) ^ set(expected.items()))[0][0]
-        raise InvalidDataError(
-            f"{folder} does not fit the model: {name} is {shapes.get(name)} there and {expected.get(name)} here."
-        )
-    for name, tensor in own.items():
-        tensor.copy_(tensors[name])
-    add_adapter(model, adapter_name, made, freeze=freeze)
+    with enabled(model):
+        try:
+            made = _make(model, Config(**options), None)
+        except UnsupportedModelError:
+            raise
+        except (TypeError, ValueError) as error:
+            raise InvalidDataError(f"{folder} does not fit the model: {error}") from error
+        own = _tensors(model, made)
+        shapes, expected = ({name: tuple(t.shape) for name, t in each.items()} for each in (tensors, own))
+        if shapes != expected:
+            name = sorted(set(shapes.items()) ^ set(expected.items()))[0][0]
+            raise InvalidDataError(
+                f"{folder} does not fit the model: {name} is {shapes.get(name)} there and {expected.get(name)} here."
+            )
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+        add_adapter(model, adapter_name, made, freeze=freeze)
     return model
 
 
