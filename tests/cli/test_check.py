@@ -78,6 +78,7 @@ def test_a_recurrent_model_is_refused_by_name(tmp_path: Path, capsys: pytest.Cap
         ("\n\n", "has no lines"),
         ("[1, 2, 99]", "99"),
         ("[1, 2, -1]", "-1"),
+        ("[1]", "No token of the batch is scored"),
     ],
 )
 def test_bad_batches_are_refused_with_file_and_line(

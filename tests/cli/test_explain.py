@@ -95,6 +95,21 @@ def test_sequences_longer_than_the_model_are_refused(config: Path, capsys: pytes
     assert "4097 tokens, the model 4096 positions" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("model_type", "told"), [("qwen3_next", "layers of the kind"), ("bert", "is an encoder")])
+def test_a_model_that_cannot_share_is_refused(
+    model_type: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_config(model_type, vocab_size=64, hidden_size=32).save_pretrained(tmp_path)
+    shape = ("--prompt-tokens", "50", "--response-tokens", "20", "--group-size", "8")
+    assert main(["explain", str(tmp_path), *shape]) == 1
+    assert told in capsys.readouterr().err
+
+
+def test_what_a_config_cannot_tell_is_said(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", str(config), *SHAPE]) == 0
+    assert "Support is not checked here: run `stemma check MODEL`" in capsys.readouterr().out
+
+
 def test_a_group_larger_than_the_vocabulary_is_refused(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shape = ("--prompt-tokens", "5", "--response-tokens", "5", "--group-size", "65")
     assert main(["explain", str(config), *shape]) == 1

@@ -32,6 +32,65 @@ def test_unsupported_models_are_refused_with_the_reason(model_type, extra, messa
     assert model.config._attn_implementation == before
 
 
+@pytest.mark.parametrize(
+    ("model_type", "message"),
+    [
+        ("bloom", "does not dispatch its attention"),
+        ("rwkv", "does not dispatch its attention"),
+        ("mamba", "layers of the kind linear_attention"),
+        ("lfm2", "layers of the kind conv"),
+        ("xlstm", "a state that is carried along"),
+        ("bart", "takes no position_ids"),
+    ],
+)
+def test_a_plan_is_refused_where_config_and_modules_show_that_the_model_is_unfit(model_type, message):
+    from stemma.models.census import build
+
+    with pytest.raises(stemma.UnsupportedModelError, match=message) as caught:
+        stemma.explain(build(model_type, torch.float32, 0), random_tree())
+    assert model_type in str(caught.value)
+
+
+def test_an_encoder_gets_no_plan_but_the_same_type_as_a_decoder_does():
+    bert = tiny_model("bert", **SIZES, seed=0, is_decoder=True)
+    assert "Support is not checked here" in stemma.explain(bert, random_tree()).reasons[-1]
+    with pytest.raises(stemma.UnsupportedModelError, match=r"model type 'bert'\) is an encoder"):
+        stemma.explain(tiny_model("bert", **SIZES, seed=0), random_tree())
+
+
+@pytest.mark.slow
+def test_nothing_that_is_exact_is_refused_by_its_structure():
+    from pathlib import Path
+
+    from stemma.models.adapter import refuse_by_structure
+    from stemma.models.census import build
+    from stemma.models.census.report import read
+
+    rows = read(Path(__file__).parents[2] / "docs" / "support.md")[1]
+    refused = 0
+    for model_type in (name for name, row in rows.items() if row["Result"] in ("exact", "refused")):
+        try:
+            refuse_by_structure(build(model_type, torch.float32, 0))
+        except stemma.UnsupportedModelError:
+            assert rows[model_type]["Result"] == "refused", model_type
+            refused += 1
+    assert refused >= 65
+
+
+def test_a_plan_says_what_counts_padding():
+    model = stemma.enable(tiny_model("llama", **SIZES, seed=0))
+    plan = stemma.explain(model, stemma.PrefixTree.from_sequences([[12, 5, 9, 31], [12, 5, 9, 31, 7]]))
+    assert plan.token_ratio == 1
+    assert plan.reasons == (
+        "1.11 times fewer tokens are encoded than in a padded batch (1.00 without its padding); FLOPs bound the "
+        f"speed-up at {plan.flops_ratio:.2f}.",
+    )
+    rows = str(plan).splitlines()
+    assert rows[2].split() == ["padded", "shared", "ratio"]
+    assert rows[3].split() == ["tokens", "encoded,", "padding", "too", "10", "9", "1.11"]
+    assert rows[4].split() == ["attention", "pairs,", "without", "it", "25", "25", "1.00"]
+
+
 def test_what_is_no_causal_language_model():
     from transformers import AutoModel, AutoModelForSeq2SeqLM, T5Config
 
@@ -168,6 +227,28 @@ def test_check_reports_and_leaves_the_model_as_it_was():
     assert model.training
     assert model.config._attn_implementation == "sdpa"
     assert float(model.get_input_embeddings().weight.grad.mean()) == 1.0
+
+
+def test_check_says_slower_where_sharing_is_slower():
+    from dataclasses import replace
+
+    report = stemma.check(tiny_model("llama", **SIZES, seed=0), random_tree(), repeats=1)
+    assert "2.00 times faster shared" in str(replace(report, time_ratio=2.0))
+    text = str(replace(report, time_ratio=0.69, memory_ratio=0.5))
+    assert "1.45 times slower shared" in text
+    assert "2.00 times more shared" in text
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        stemma.PrefixTree.from_sequences([[1]]),
+        stemma.PrefixTree.from_groups([[1, 2]], [[[], []]]),
+    ],
+)
+def test_a_batch_without_a_scored_token_cannot_be_checked(tree):
+    with pytest.raises(stemma.InvalidBatchError, match="No token of the batch is scored"):
+        stemma.check(tiny_model("llama", **SIZES, seed=0), tree)
 
 
 def test_verify_checks_the_first_batch_and_falls_back_loudly(monkeypatch):

@@ -44,12 +44,11 @@ def main(config: Config) -> dict[str, Any]:
     from stemma.models.forward import check_batch
     from stemma.models.loading import load_model
 
+    tree = None if config.sequences is None else read_tree(config.sequences)
     model = load_model(
         config.model, random_init=config.random_init, dtype=config.dtype, device=config.device, seed=config.seed
     )
-    tree = None
-    if config.sequences is not None:
-        tree = read_tree(config.sequences)
+    if tree is not None:
         check_batch(model, tree)
     report = stemma.check(model, tree)
     print(report)

@@ -1,9 +1,10 @@
 """Say what sharing saves for a model and a batch, and which way would be taken.
 
 Nothing is computed with the model: its config is enough, no weights are read, so this also plans for models larger than
-this machine. The batch is made up from three lengths, one prompt and a group of responses to it, or read from
---sequences: a JSONL file with [5, 9, 2] or {"input_ids": [5, 9, 2]} on each line, or else with {"prompt_ids": [5],
-"completion_ids": [[9, 2], [4]]}.
+this machine. Models that the config shows to be unfit (recurrence, encoders, ...) are refused; whether another one is
+exact is what `stemma check` finds out. The batch is made up from three lengths, one prompt and a group of responses to
+it, or read from --sequences: a JSONL file with [5, 9, 2] or {"input_ids": [5, 9, 2]} on each line, or else with
+{"prompt_ids": [5], "completion_ids": [[9, 2], [4]]}.
 """
 
 from dataclasses import dataclass

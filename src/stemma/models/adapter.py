@@ -16,6 +16,7 @@ A cache of shared prefixes (:mod:`stemma.models.shared_cache`) comes the same wa
 of a mask, the next mask function sees which cache was asked, and its marker leads the layers to that cache.
 """
 
+import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,6 +51,7 @@ __all__ = [
     "disable",
     "enable",
     "is_enabled",
+    "refuse_by_structure",
     "tree_call",
 ]
 
@@ -57,6 +59,7 @@ LAYOUT_ARGUMENT = "stemma_call"
 """Keyword argument under which a tree call travels from ``model(...)`` to every attention function."""
 
 _PREFIX = "stemma_"
+_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 @dataclass(eq=False)
@@ -209,6 +212,36 @@ def _refuse_unsuitable(model: PreTrainedModel) -> None:
     parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
     if not any(part._can_set_attn_implementation() for part in parts):
         raise _not_dispatching(model)
+
+
+def refuse_by_structure(model: nn.Module) -> None:
+    """Refuse what config and modules show, without a forward: for models whose self-test has not run.
+
+    A model that passes is not known to be exact; only the self-test and :func:`stemma.check` compare numbers.
+
+    Raises:
+        UnsupportedModelError: names the model type and the reason.
+    """
+    inner = base_model(model)
+    _refuse_unsuitable(inner)
+    kinds = set(getattr(inner.config.get_text_config(), "layer_types", None) or ()) - _LAYER_TYPES
+    if getattr(inner, "_is_stateful", False) or kinds:
+        found = f"layers of the kind {', '.join(sorted(kinds))}" if kinds else "a state that is carried along"
+        raise UnsupportedModelError(
+            f"{_label(inner)} has {found}; a prefix tree needs full or sliding-window attention in all layers, because "
+            "recurrence, convolution, linear and sparse attention cannot branch with a tree."
+        )
+    causal = {module.is_causal for module in inner.modules() if hasattr(module, "is_causal")}
+    if causal == {False}:
+        raise UnsupportedModelError(
+            f"{_label(inner)} is an encoder: it attends in both directions; prefixes can be shared only under causal "
+            "attention (is_decoder=True in the config of a decoder)."
+        )
+    parts = [part for part in inner.modules() if isinstance(part, PreTrainedModel)]
+    if not any("position_ids" in inspect.signature(part.forward).parameters for part in parts):
+        raise UnsupportedModelError(
+            f"{_label(inner)} takes no position_ids: it counts positions by itself, which in a tree are others."
+        )
 
 
 def _materialised(model: PreTrainedModel) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 from torch import nn
 from transformers import PreTrainedModel
 
-from stemma.models.adapter import base_model
+from stemma.models.adapter import base_model, is_enabled, refuse_by_structure
 from stemma.models.forward import dynamic_rope_limit
 from stemma.prefix.economy import Economy, ModelShape, economy
 from stemma.prefix.tree import PrefixTree
@@ -58,8 +58,8 @@ class Plan:
     def __str__(self) -> str:
         cost = self.economy
         rows = [
-            ("tokens encoded", cost.padded_tokens, cost.unique_tokens),
-            ("attention pairs", cost.plain_pairs, cost.shared_pairs),
+            ("tokens encoded, padding too", cost.padded_tokens, cost.unique_tokens),
+            ("attention pairs, without it", cost.plain_pairs, cost.shared_pairs),
             ("positions through the head", cost.plain_scored, cost.shared_scored),
             ("forward GFLOPs", cost.plain_flops / 1e9, cost.shared_flops / 1e9),
             ("key/value MiB", cost.plain_key_value_bytes / 2**20, cost.shared_key_value_bytes / 2**20),
@@ -68,7 +68,7 @@ class Plan:
             f"{self.mode}: {self.num_sequences} sequences, {self.num_nodes} nodes on {self.depth} levels, "
             f"{self.parts} forward call{'s' if self.parts != 1 else ''}",
             *(f"  {reason}" for reason in self.reasons),
-            f"  {'':28}{'repeated':>14}{'shared':>14}{'ratio':>8}",
+            f"  {'':28}{'padded':>14}{'shared':>14}{'ratio':>8}",
         ]
         for name, plain, shared in rows:
             form = ",.4g" if isinstance(plain, float) else ",d"
@@ -77,8 +77,11 @@ class Plan:
 
 
 def explain(model: nn.Module, tree: PrefixTree, *, max_tokens: int | None = None) -> Plan:
-    """Plan a batch without running it. Only shapes and the config of ``model`` are read, so a meta-device model will
-    do.
+    """Plan a batch without running it. Only shapes, modules and the config of ``model`` are read, so a meta-device
+    model will do.
+
+    Where no self-test of :func:`stemma.enable` has run, a model that config and modules show to be unfit is refused;
+    for others ``reasons`` ends with the reminder that exactness is not checked here.
 
     Args:
         model: a causal language model of transformers.
@@ -86,11 +89,16 @@ def explain(model: nn.Module, tree: PrefixTree, *, max_tokens: int | None = None
         max_tokens: most tokens in one forward call, or None for no limit.
 
     Raises:
+        UnsupportedModelError: the model cannot run over a tree.
         ValueError: ``max_tokens`` below 1.
     """
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens}.")
-    cost = economy(tree, model_shape(base_model(model)))
+    inner = base_model(model)
+    tested = is_enabled(model) and not any(parameter.is_meta for parameter in inner.parameters())
+    if not tested:
+        refuse_by_structure(inner)
+    cost = economy(tree, model_shape(inner))
     parts = 1
     if cost.flops_ratio < WORTH_IT:
         mode = "plain"
@@ -105,8 +113,9 @@ def explain(model: nn.Module, tree: PrefixTree, *, max_tokens: int | None = None
     else:
         mode = "shared"
         reasons = [
-            f"{cost.token_ratio:.2f} times fewer tokens are encoded; FLOPs bound the speed-up at "
-            f"{cost.flops_ratio:.2f}."
+            f"{cost.padded_tokens / cost.unique_tokens:.2f} times fewer tokens are encoded than in a padded batch"
+            + (f" ({cost.token_ratio:.2f} without its padding)" if cost.padded_tokens > cost.total_tokens else "")
+            + f"; FLOPs bound the speed-up at {cost.flops_ratio:.2f}."
         ]
         if max_tokens is not None and tree.unique_tokens > max_tokens:
             from stemma.models.streaming import partition
@@ -124,6 +133,8 @@ def explain(model: nn.Module, tree: PrefixTree, *, max_tokens: int | None = None
             f"The model's rotary frequencies depend on the longest sequence of a call beyond {limit} tokens: shorter "
             "sequences score as in a padded batch with the longer ones, not as alone."
         )
+    if not tested:
+        reasons.append("Support is not checked here: run `stemma check MODEL`, or stemma.check in Python.")
     return Plan(
         mode=mode,
         reasons=tuple(reasons),

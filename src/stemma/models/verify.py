@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stemma.errors import UnsupportedModelError
+from stemma.errors import InvalidBatchError, UnsupportedModelError
 from stemma.models.adapter import base_model, enable, is_enabled
 from stemma.models.forward import Edges, ForwardSettings, plain_forward, tree_forward
+from stemma.prefix.economy import economy
 from stemma.prefix.tree import PrefixTree
 
 __all__ = ["CheckReport", "SelfTest", "check"]
@@ -77,11 +78,17 @@ class CheckReport:
                 f"{self.logprob_tolerance:.0e})",
                 f"gradients             {self.max_gradient_difference:.2e} relative, worst in {self.worst_parameter} "
                 f"(tolerance {self.gradient_tolerance:.0e})",
-                f"time                  {self.time_ratio:.2f} times faster shared (FLOPs bound {self.flops_ratio:.2f})",
-                f"memory                {self.memory_ratio:.2f} times less shared",
+                f"time                  {_times(self.time_ratio, 'faster', 'slower')} shared (FLOPs bound "
+                f"{self.flops_ratio:.2f} times faster)",
+                f"memory                {_times(self.memory_ratio, 'less', 'more')} shared",
                 f"verdict               {'exact to rounding' if self.ok else 'NOT EXACT: use the plain forward'}",
             ]
         )
+
+
+def _times(ratio: float, above: str, below: str) -> str:
+    """A ratio in words that hold on both sides of 1."""
+    return f"{ratio:.2f} times {above}" if ratio >= 1 else f"{1 / max(ratio, 1e-12):.2f} times {below}"
 
 
 @contextmanager
@@ -174,10 +181,16 @@ def check(model: nn.Module, tree: PrefixTree | None = None, *, repeats: int = 3,
 
     Raises:
         UnsupportedModelError: the model cannot run over a tree at all.
+        InvalidBatchError: no token of the batch is scored.
     """
     from stemma.models.adapter import disable
-    from stemma.models.planner import explain
+    from stemma.models.planner import model_shape
 
+    if tree is not None and not tree.scored.any():
+        raise InvalidBatchError(
+            "No token of the batch is scored, so there is nothing to compare: give a sequence of at least two tokens, "
+            "or a prompt with a response that is not empty."
+        )
     inner = base_model(model)
     was_enabled = is_enabled(model)
     if not was_enabled:
@@ -242,7 +255,7 @@ def check(model: nn.Module, tree: PrefixTree | None = None, *, repeats: int = 3,
         gradient_tolerance=_GRADIENT_TOLERANCE.get(inner.dtype, 1e-3),
         time_ratio=float(np.median(times[plain]) / np.median(times[shared])),
         memory_ratio=plain_memory / max(shared_memory, 1),
-        flops_ratio=explain(model, tree).flops_ratio,
+        flops_ratio=economy(tree, model_shape(inner)).flops_ratio,
     )
 
 
