@@ -31,6 +31,12 @@ def _sequence_loss(weights, tree):
     return loss
 
 
+@pytest.mark.parametrize("arguments", [{}, {"mode": "shared", "max_tokens": 13}, {"mode": "plain", "max_tokens": 40}])
+def test_a_loss_that_is_no_tensor_is_named(arguments):
+    with pytest.raises(ValueError, match="must be a scalar tensor, got float: compute it from"):
+        stemma.backward(cached("llama, grouped queries"), random_tree(), lambda scores: 1.0, **arguments)
+
+
 def _run(model, tree, loss, **arguments):
     model.zero_grad()
     value, scores = stemma.backward(model, tree, loss, temperature=0.9, **arguments)

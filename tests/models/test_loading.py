@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from stemma.errors import UnsupportedModelError
-from stemma.models.loading import load_config, load_model
-from stemma.models.tiny import tiny_config, tiny_model
+from stemma.models.loading import load_config, load_model, load_tokenizer
+from stemma.models.tiny import byte_tokenizer, tiny_config, tiny_model
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_dtype_and_device_are_honoured(folder: Path) -> None:
     [
         ("empty", "has no config.json"),
         ("./nowhere", "does not exist"),
-        ("no-such/model-at-all", "no config could be read"),
+        ("no-such/model-at-all", "is no folder here; if it is meant as a hub id, no config could be read"),
         ("broken.json", "no config could be read"),
         ("alien.json", "no config could be read"),
         ("bare.json", "--random-init"),
@@ -66,6 +66,36 @@ def test_mistakes_are_named(reference: str, told: str, tmp_path: Path, monkeypat
         load_model(reference, random_init=reference == "t5.json")
     assert reference in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("device", "told"), [("foo", "the device 'foo' cannot be used here"), ("cuda:99", "'cuda:99' cannot be used here")]
+)
+def test_a_device_that_is_not_there_is_named_before_anything_is_read(device: str, told: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=told) as caught:
+        load_model("nowhere", device=device)
+    assert "Give auto, cpu" in str(caught.value)
+
+
+def test_weights_that_were_cut_short_are_named(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(
+        UnsupportedModelError, match=r"the weights of '.*model' cannot be read.*download the model again"
+    ):
+        load_model(str(folder))
+
+
+def test_a_tokenizer_comes_back_and_a_missing_one_is_named(folder: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="has no tokenizer that can be loaded") as caught:
+        load_tokenizer(str(folder))
+    assert "\n" not in str(caught.value)
+    byte_tokenizer().save_pretrained(folder)
+    assert load_tokenizer(str(folder)).encode("text") == byte_tokenizer().encode("text")
+    with pytest.raises(UnsupportedModelError, match=r"is a config, without weights and tokenizer"):
+        load_tokenizer(str(folder / "config.json"))
+    with pytest.raises(UnsupportedModelError, match="'nosuch' is no folder here"):
+        load_tokenizer("nosuch")
 
 
 def test_a_config_is_read_from_folder_and_file(folder: Path) -> None:

@@ -1,14 +1,14 @@
-"""Open a causal language model from a folder, a hub id or a bare config, with errors that say what to do."""
+"""Open a model, its config or its tokenizer from a folder or a hub id, with errors that say what to do."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stemma.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-__all__ = ["load_config", "load_model"]
+__all__ = ["load_config", "load_model", "load_tokenizer"]
 
 
 def load_config(reference: str) -> "PretrainedConfig":
@@ -30,7 +30,35 @@ def load_config(reference: str) -> "PretrainedConfig":
     try:
         return AutoConfig.from_pretrained(reference)
     except (OSError, ValueError) as error:
-        raise UnsupportedModelError(f"no config could be read from '{reference}': {_first_line(error)}") from error
+        found = f"no config could be read from '{reference}'"
+        if not path.exists():
+            found = f"'{reference}' is no folder here; if it is meant as a hub id, no config could be read from there"
+        raise UnsupportedModelError(f"{found}: {_first_line(error)}") from error
+
+
+def load_tokenizer(reference: str) -> Any:
+    """Load the tokenizer of a model.
+
+    Args:
+        reference: a model folder or a hub id.
+
+    Raises:
+        UnsupportedModelError: no model is there, or it has no tokenizer that can be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    _refuse_file(reference)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(reference)
+        if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of no files for some types
+            raise ValueError("its vocabulary would be empty")
+        return tokenizer
+    except Exception as error:  # transformers raises many kinds here
+        load_config(reference)  # where there is no model at all, that is what to say
+        raise UnsupportedModelError(
+            f"'{reference}' has no tokenizer that can be loaded ({' '.join(str(error).split())}). Give a folder that "
+            "both the model and its tokenizer were saved in."
+        ) from error
 
 
 def load_model(
@@ -47,33 +75,61 @@ def load_model(
         seed: seed of the fresh weights.
 
     Raises:
-        UnsupportedModelError: no model or weights there, or the architecture is not a causal language model.
+        UnsupportedModelError: no model or whole weights there, the architecture is not a causal language model, or this
+            machine has no such device.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    device = _device(device)
     config = load_config(reference)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         if random_init:
             with torch.random.fork_rng(devices=[]), torch.device(device):
                 torch.manual_seed(seed)
                 model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
             return model.eval()
-        if Path(reference).is_file():
-            raise UnsupportedModelError(
-                f"'{reference}' is a config without weights. Give the model's folder, or build it with --random-init."
-            )
+        _refuse_file(reference)
         model = AutoModelForCausalLM.from_pretrained(reference, dtype=getattr(torch, dtype))
         return model.to(device).eval()
-    except (OSError, ValueError) as error:
+    except SafetensorError as error:
+        raise UnsupportedModelError(
+            f"the weights of '{reference}' cannot be read ({_first_line(error)}): a file is damaged or not whole. Save "
+            "or download the model again."
+        ) from error
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
         if isinstance(error, UnsupportedModelError):
             raise
         raise UnsupportedModelError(
             f"'{reference}' (model type '{config.model_type}') could not be loaded as a causal language model: "
             f"{_first_line(error)}"
         ) from error
+
+
+def _refuse_file(reference: str) -> None:
+    if Path(reference).is_file():
+        raise UnsupportedModelError(
+            f"'{reference}' is a config, without weights and tokenizer; give the folder of a saved model. Only `stemma "
+            "explain` and `stemma check --random-init` need no weights."
+        )
+
+
+def _device(name: str) -> str:
+    """The device that a name stands for, tried out."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # without CUDA torch asserts
+        reason = _first_line(error).partition(". ")[0]
+        raise UnsupportedModelError(
+            f"the device '{name}' cannot be used here: {reason}. Give auto, cpu, or one that torch finds on this "
+            "machine, such as cuda."
+        ) from error
+    return name
 
 
 def _first_line(error: Exception) -> str:

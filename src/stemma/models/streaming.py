@@ -151,7 +151,7 @@ def backward(
 
     Raises:
         UnsupportedModelError, InvalidBatchError: as in :func:`stemma.score`.
-        ValueError: the loss is not a scalar.
+        ValueError: the loss is not a scalar tensor.
     """
     settings = ForwardSettings(temperature, entropy, aux_loss)
     chosen = choose_mode(model, tree, mode, max_tokens)
@@ -323,7 +323,12 @@ class _EdgeBuffer:
         )
 
 
-def _scalar(value: Tensor) -> Tensor:
+def _scalar(value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise ValueError(
+            f"The loss must be a scalar tensor, got {type(value).__name__}: compute it from scores.logprobs, without "
+            "item() or float()."
+        )
     if value.dim():
         raise ValueError(f"The loss must be a scalar, got shape {tuple(value.shape)}.")
     return value
