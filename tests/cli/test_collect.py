@@ -204,6 +204,29 @@ def test_several_processes_are_refused(
     assert not (tmp_path / "traces.jsonl").exists()
 
 
+def test_a_refusal_leaves_no_file_and_the_same_command_then_runs(
+    arguments: list[str], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, data = tmp_path / "new" / "traces.jsonl", tmp_path / "data.jsonl"
+    arguments = [*arguments, f"--dataset={data}", "--limit=1"]
+    data.write_text('{"prompt": "0+1=", "answer": "one"}\n', encoding="utf-8")
+    assert main(arguments) == 1
+    assert "data.jsonl, line 1: the answer 'one' is not a number" in capsys.readouterr().err
+    assert not path.exists()
+    data.write_bytes((folder / "data.jsonl").read_bytes())
+    path.touch()  # what a collection that failed before its first problem leaves
+    assert main(arguments) == 0
+    assert len(read_traces(path)) == 1
+
+
+def test_a_model_that_is_not_there_is_one_message(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments, "--model=nosuch"]) == 1
+    assert "stemma collect: 'nosuch' is no folder here" in capsys.readouterr().err
+    assert not (tmp_path / "new" / "traces.jsonl").exists()
+
+
 def test_a_broken_file_is_refused_before_a_model_is_loaded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

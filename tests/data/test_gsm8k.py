@@ -51,6 +51,24 @@ def test_reward_compares_numbers():
         gsm8k.reward("seventy-two", "#### 72")
 
 
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"prompt": "a"}, "line 3: no answer to compare with; add a field 'answer'"),
+        ({"prompt": "a", "answer": "four"}, "line 3: the answer 'four' is not a number"),
+        ({"answer": "4"}, "line 3: field 'prompt' is missing"),
+    ],
+)
+def test_prompts_need_an_answer_that_the_reward_can_compare(tmp_path, record, message):
+    file = tmp_path / "prompts.jsonl"
+    lines = [json.dumps({"prompt": "a", "answer": answer}) for answer in ("1,000", "2 + 2\n#### 4")]
+    file.write_text("\n\n".join(lines))  # a blank line counts as a line
+    assert [gsm8k.reward(record.answer, "#### 4") for record in gsm8k.read_answered_prompts(file)] == [0.0, 1.0]
+    file.write_text(f"{lines[0]}\n\n{json.dumps(record)}")
+    with pytest.raises(InvalidDataError, match=message):
+        gsm8k.read_answered_prompts(file)
+
+
 def test_few_shot_prompts_share_everything_up_to_the_question():
     other = Problem("And now?", "Nothing.\n#### 0")
     prompt = gsm8k.few_shot_prompt([NATALIA, other], "Last?")

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from stemma.data import diallock, gsm8k
-from stemma.data.records import PromptRecord, read_jsonl, read_prompts
+from stemma.data.records import PromptRecord, read_jsonl
 from stemma.errors import InvalidDataError
-from stemma.models.loading import load_model
+from stemma.models.loading import load_model, load_tokenizer
 from stemma.models.tiny import tiny_model
 from stemma.rl.grpo import ShuffledRows
 from stemma.train.seeds import stream_seed
@@ -103,26 +103,23 @@ def checkpoint_job(
     model: str, dataset: Path, *, shots: int, eval_prompts: int, seed: int, demonstrations: bool = False
 ) -> Job:
     """A model from a folder or the hub on a JSONL file: GSM8K's `question` and `answer`, shown few-shot, or `prompt`
-    and `answer` as they are. Either way the reward compares the final number.
+    and `answer` as they are. Either way the reward compares the final number (`stemma.data.gsm8k.reward`).
 
     Supervised sequences look like the prompts and are labelled on every answer in them. A demonstration is the answer
     of GSM8K, or the text of a field `demonstration` where a prompt has one.
 
     Raises:
-        InvalidDataError: the file, too few lines for the shots and the held-out prompts, or no demonstration in it.
+        InvalidDataError: the file, an answer without a number, too few lines for the shots and the held-out prompts, or
+            no demonstration in it.
+        UnsupportedModelError: the model or its tokenizer cannot be loaded.
     """
-    from transformers import AutoTokenizer
-
     _, first = next(read_jsonl(dataset))
     items: list[Any]
     if "question" in first:
         items = gsm8k.read_problems(dataset)
         examples, items = items[:shots], items[shots:]
     else:
-        shots, items = 0, read_prompts(dataset)
-        for number, record in enumerate(items, start=1):
-            if record.answer is None:
-                raise InvalidDataError(f"{dataset}, prompt {number}: no answer to compare with; add a field 'answer'")
+        shots, items = 0, gsm8k.read_answered_prompts(dataset)
         if demonstrations and all(record.demonstration is None for record in items):
             raise InvalidDataError(f"{dataset} demonstrates nothing; add solutions as text in a field 'demonstration'")
     Random(stream_seed(seed, "split")).shuffle(items)
@@ -132,7 +129,7 @@ def checkpoint_job(
             f"{dataset} has {len(items)} prompts besides {shots} shots, and {eval_prompts} are held out for "
             "evaluation; give more lines or a smaller --eval-prompts"
         )
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = load_tokenizer(model)
 
     def records(chosen: list[Any]) -> list[PromptRecord]:
         if not chosen or "question" not in first:

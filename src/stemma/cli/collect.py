@@ -34,7 +34,8 @@ class Config:
     model: str | None = None
     """Model folder or hub id; None: a small Llama, made here. Needs --dataset."""
     dataset: Path | None = None
-    """JSONL file: GSM8K's question and answer, or prompt and answer. Needs --model."""
+    """JSONL file: GSM8K's question and answer, or prompt and answer. A completion is accepted if its first line that
+    begins with #### or A: gives the answer's number. Needs --model."""
     output: Path = Path("runs/traces.jsonl")
     """JSONL file to write; must not exist yet, unless --resume is given."""
     resume: bool = False
@@ -86,12 +87,16 @@ def main(config: Config) -> dict[str, Any]:
     accelerator = Accelerator()
     if accelerator.num_processes > 1:
         raise StemmaError("a collection is the work of one process: several would write to one file; launch it alone")
-    if config.output.exists() and not config.resume:
+    new = not config.output.exists()
+    # A collection that failed before its first problem left an empty file: nothing is lost by starting anew.
+    if not new and not config.resume and (not config.output.is_file() or config.output.stat().st_size):
         raise InvalidDataError(f"'{config.output}' exists; continue it with --resume, or choose another --output")
-    if config.resume and not config.output.exists():
+    if config.resume and new:
         raise InvalidDataError(f"there is no collection to resume in '{config.output}'; leave out --resume")
     with TraceFile(config.output) as file:  # refuses a file that cannot be used before a model is loaded
         done = len(file.traces)
+    if new:
+        config.output.unlink()  # until there is something to write
     logging.disable_progress_bar()
     names = ("model", "dataset", "shots", "max_completion_length", "sft_steps", "eval_prompts", "seed")
     settings = train.resolve(train.Config(**{name: getattr(config, name) for name in names}))

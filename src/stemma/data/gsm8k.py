@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from os import PathLike
 
-from stemma.data.records import PromptRecord, read_jsonl, text_field
+from stemma.data.records import PromptRecord, read_jsonl, read_prompts, text_field
 from stemma.errors import InvalidDataError
 
 # The published answers mark the result with `####`, the published model solutions with `A:`. What follows the number
@@ -51,6 +51,24 @@ def read_problems(path: str | PathLike[str]) -> list[Problem]:
     return problems
 
 
+def read_answered_prompts(path: str | PathLike[str]) -> list[PromptRecord]:
+    """The records of `stemma.data.records.read_prompts`, each with an answer that `reward` can compare with.
+
+    Raises:
+        InvalidDataError: names the file and the line; see there, or the answer is missing or holds no number.
+    """
+    found = read_prompts(path)
+    for (number, _), record in zip(read_jsonl(path), found):
+        if record.answer is None:
+            raise InvalidDataError(f"{path}, line {number}: no answer to compare with; add a field 'answer'")
+        if _reference(record.answer) is None:
+            raise InvalidDataError(
+                f"{path}, line {number}: the answer {record.answer[-60:]!r} is not a number and has no line such as "
+                "'#### 72'; the reward compares final numbers, any other one takes the trainer in Python"
+            )
+    return found
+
+
 def final_answer(text: str) -> Decimal | None:
     """The number on the first line that starts with `####` or `A:`, or None.
 
@@ -71,14 +89,18 @@ def reward(answer: str, completion: str) -> float:
     Raises:
         InvalidDataError: the reference holds no number.
     """
-    expected = final_answer(answer)
-    if expected is None:
-        expected = final_answer(f"#### {answer.strip()}")
+    expected = _reference(answer)
     if expected is None:
         raise InvalidDataError(
             f"the reference answer {answer[-60:]!r} is not a number and has no line such as '#### 72'"
         )
     return float(final_answer(completion) == expected)
+
+
+def _reference(answer: str) -> Decimal | None:
+    """The number of a reference answer, worked out or alone."""
+    number = final_answer(answer)
+    return final_answer(f"#### {answer.strip()}") if number is None else number
 
 
 def few_shot_prompt(shots: Sequence[Problem], question: str) -> str:
