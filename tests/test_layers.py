@@ -39,7 +39,9 @@ def modules() -> list[Path]:
 
 
 def room_of(module: str) -> str:
-    """The part of a dotted name under `stemma`: 'stemma.rl.trl' -> 'rl'; the package itself is ''."""
+    """The part of a dotted name under `stemma`: 'stemma.rl.trl' -> 'rl'; the package is '', its `__main__` of 'cli'."""
+    if module == "stemma.__main__":
+        return "cli"
     parts = module.split(".")
     return parts[1] if len(parts) > 1 else ""
 

@@ -90,6 +90,11 @@ def test_help_lists_every_command_with_its_summary() -> None:
             assert summary in done.stdout
 
 
+def test_the_package_runs_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "stemma", "--help"], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, run("--help").stdout)
+
+
 def test_help_is_quick() -> None:
     def seconds() -> float:
         before = os.times()

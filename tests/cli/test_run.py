@@ -40,6 +40,19 @@ def test_an_unknown_method_names_the_nearest(asked, near, capsys):
     assert f"Did you mean `stemma run {near}`?" in capsys.readouterr().err
 
 
+def test_a_method_without_a_reproduction_gives_its_reason(capsys):
+    assert main(["run", "grpo"]) == 2
+    error = capsys.readouterr().err
+    assert "stemma run: 'grpo' has no reproduction: it is the baseline" in error
+    assert "Did you mean" not in error
+
+
+@pytest.mark.parametrize("command", ["run", "methods"])
+def test_the_method_is_shown_as_optional(command, capsys):
+    assert main([command, "--help"]) == 0
+    assert "[METHOD]" in capsys.readouterr().out.partition("usage:")[2].splitlines()[0]
+
+
 def test_seeds_are_checked(capsys):
     assert main(["run", "tempo", "--seeds", "0"]) == 2
     assert "seeds must be at least 1" in capsys.readouterr().err

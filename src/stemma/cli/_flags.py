@@ -101,14 +101,14 @@ def _form(config_class: type, *, pairs: bool, common: bool = False) -> type:
             hint = Annotated[nested, tyro.conf.arg(help=helps.get(field.name, ""))]
             groups[owner].append((field.name, hint, dataclasses.field(default_factory=nested)))
         else:
-            hint = _annotated(hint, field.default, helps.get(field.name, ""), pairs)
+            hint = _annotated(field.name, hint, field.default, helps.get(field.name, ""), pairs)
             copied = dataclasses.field(default=field.default)  # a factory's default, if any, goes in its place
             if field.default_factory is not dataclasses.MISSING:
                 copied = dataclasses.field(default_factory=field.default_factory)
             groups[owner].append((field.name, hint, copied))
     flags = groups.pop(config_class)
     for name, (kind, default, text) in _COMMON.items() if common else ():
-        flags.append((name, _annotated(kind, default, text, False), dataclasses.field(default=default)))
+        flags.append((name, _annotated(name, kind, default, text, False), dataclasses.field(default=default)))
     for owner, inherited in groups.items():
         group = dataclasses.make_dataclass(_group_name(owner), inherited, frozen=True, kw_only=True)
         text = (owner.__doc__ or "").partition("\n")[0].replace("`", "")
@@ -147,7 +147,7 @@ def _helps(config_class: type) -> dict[str, str]:
     return found
 
 
-def _annotated(hint: Any, default: Any, text: str, pairs: bool) -> Any:
+def _annotated(name: str, hint: Any, default: Any, text: str, pairs: bool) -> Any:
     """The type of a flag with its help, and with what makes its line short: no `None` and no `--no-` where it is idle.
 
     After a file, which may have switched something on, every switch has its `--no-`.
@@ -159,6 +159,8 @@ def _annotated(hint: Any, default: Any, text: str, pairs: bool) -> Any:
     if default is None:
         bare = get_args(hint)[0] if get_origin(hint) is Annotated else hint
         metavar = "|".join(_metavar(kind) for kind in get_args(bare) if kind is not type(None))
+        if tyro.conf.Positional in get_args(hint)[1:]:
+            metavar = f"[{name.upper()}]"  # may be left out
         return Annotated[hint, tyro.conf.arg(help=text, metavar=metavar, help_behavior_hint="")]
     if get_origin(hint) is tuple:
         return Annotated[hint, tyro.conf.arg(help=text, metavar=f"{_metavar(get_args(hint)[0])} ...")]

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from stemma.cli.methods import methods
 from stemma.train.recipe import Options
 
 __all__ = ["Config", "main", "recipes"]
@@ -51,6 +52,14 @@ def main(config: Config) -> dict[str, Any]:
         print("\n".join(f"{name:<{width}}  {summary}" for name, (_, summary) in known.items()))
         return {"recipes": {name: summary for name, (_, summary) in known.items()}}
     if config.method not in known:
+        described = methods().get(config.method.replace("_", "-"))
+        if described is not None and not described.reproduced:
+            print(
+                f"stemma run: '{described.name}' has no reproduction: "
+                f"{described.unreproduced_because or 'none has been written.'}\nRun `stemma run` for the list.",
+                file=sys.stderr,
+            )
+            return {"error": f"no reproduction of '{described.name}'", "exit_status": 2}
         near = difflib.get_close_matches(config.method, known, n=1, cutoff=0.4)
         hint = f" Did you mean `stemma run {near[0]}`?" if near else ""
         print(
