@@ -171,3 +171,14 @@ def test_a_wheel_holds_the_rows(tmp_path):
     with zipfile.ZipFile(built) as archive:
         for path in (ROOT / "benchmarks" / "results").glob("*.jsonl"):
             assert archive.read(f"stemma/_results/{path.name}") == path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "line", ["", '{"recipe": ', "[]", "null", "{}", json.dumps(row(0.5, recipe="pppo"))], ids=range(6)
+)
+def test_a_line_that_is_no_row_of_the_method_is_named(results, capsys, line):
+    file = results([row(0.5)]) / "rl_tempo.jsonl"
+    file.write_text(file.read_text() + line + "\n")
+    assert main(["methods"]) == 1
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "rl_tempo.jsonl, line 2: no measurement of tempo" in shown

@@ -61,3 +61,14 @@ def test_a_python_without_topics_is_refused(monkeypatch):
 def test_an_unknown_split_is_refused(texts):
     with pytest.raises(ValueError, match="train, validation, test"):
         texts("dev")
+
+
+def test_unseen_prose_is_not_in_the_prose_to_train_on():
+    """help() prints some paragraphs under several topics."""
+    train = "\n".join(reference_texts("train").values())
+    for split in ("validation", "test"):
+        for text in reference_texts(split).values():
+            rows = [text[begin : begin + 128] for begin in range(0, len(text) - 128, 64)]
+            assert sum(row in train for row in rows) <= 0.02 * len(rows)
+    for text in reference_texts("test").values():
+        assert not [p for p in text.split("\n\n") if len(" ".join(p.split())) >= 80 and p in train]

@@ -66,9 +66,9 @@ def test_the_reproduction_runs_and_resumes(tmp_path, capsys):
     assert {row["method"] for row in result["measurements"]} == methods
     claims = [row for row in result["measurements"] if row["claim"]]
     assert len(claims) == 7
-    assert json.loads((tmp_path / "jrt.json").read_text())["recipe"] == "jrt"
-    assert (tmp_path / "jrt.png").stat().st_size > 10_000
-    assert "accuracy, set disjointness, short first" in (tmp_path / "jrt.md").read_text()
+    assert json.loads((tmp_path / "quick" / "jrt.json").read_text())["recipe"] == "jrt"
+    assert (tmp_path / "quick" / "jrt.png").stat().st_size > 10_000
+    assert "accuracy, set disjointness, short first" in (tmp_path / "quick" / "jrt.md").read_text()
     capsys.readouterr()
     again = jrt.run(options)
     assert capsys.readouterr().err.count("finished before") == 2 * 4 + 1

@@ -49,8 +49,8 @@ def test_a_reproduction_runs_and_resumes(method, tmp_path, cache, capsys):
     options = Options(output_dir=tmp_path, cache_dir=cache, quick=True)
     result = module.run(options)
     capsys.readouterr()
-    assert {path.suffix for path in tmp_path.iterdir() if path.is_file()} == {".json", ".md", ".png"}
-    assert json.loads((tmp_path / f"{method}.json").read_text()) == json.loads(json.dumps(result))
+    assert {path.suffix for path in options.folder.iterdir() if path.is_file()} == {".json", ".md", ".png"}
+    assert json.loads((options.folder / f"{method}.json").read_text()) == json.loads(json.dumps(result))
     for row in result["measurements"]:
         if row["metric"] in ("pass@1", "sampled", "optimised", "encoded"):
             assert math.isfinite(row["value"]), row
@@ -58,14 +58,14 @@ def test_a_reproduction_runs_and_resumes(method, tmp_path, cache, capsys):
     assert claims
     assert all(row["expected"] for row in claims)
 
-    kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*.json")}
+    kept = {path.name: path.stat().st_mtime_ns for path in (options.folder / "runs").glob("*.json")}
     removed = sorted(kept)[0]  # as if the process had been killed before this run was done
-    (tmp_path / "runs" / removed).unlink()
+    (options.folder / "runs" / removed).unlink()
     again = module.run(options)
     said = capsys.readouterr().err
     found = {line.rpartition(" ")[2] for line in said.splitlines() if "finished before" in line}
     assert {*kept} - {removed} <= found
-    untouched = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*.json")}
+    untouched = {path.name: path.stat().st_mtime_ns for path in (options.folder / "runs").glob("*.json")}
     assert {name for name in kept if untouched[name] != kept[name]} == {removed}
     timeless = [row for row in result["measurements"] if row["unit"] != "s"]
     assert [row for row in again["measurements"] if row["unit"] != "s"] == timeless
@@ -122,9 +122,9 @@ def test_what_the_result_depends_on_makes_another_run(tmp_path, cache):
         lambda: replace(study, base=replace(study.base, seed=1)).run("GRPO", 0),
         lambda: study.run("GRPO", 1),
     ):
-        before = len(list((tmp_path / "runs").iterdir()))
+        before = len(list((study.options.folder / "runs").iterdir()))
         changed()
-        assert len(list((tmp_path / "runs").iterdir())) == before + 1
+        assert len(list((study.options.folder / "runs").iterdir())) == before + 1
 
 
 def test_preparation_changes_the_policy_before_training(tmp_path, cache):

@@ -10,7 +10,7 @@ from stemma.train.recipe import Options
 def test_the_reproduction_runs_and_finished_runs_are_read(tmp_path, monkeypatch):
     options = Options(quick=True, output_dir=tmp_path)
     result = run(options)
-    stored = json.loads((tmp_path / "hydragen.json").read_text(encoding="utf-8"))
+    stored = json.loads((tmp_path / "quick" / "hydragen.json").read_text(encoding="utf-8"))
     assert stored["measurements"] == result["measurements"]
     claims = [row["claim"] for row in result["measurements"] if row["claim"]]
     assert len(claims) == 3

@@ -11,7 +11,7 @@ from stemma.train.recipe import Options
 def test_the_reproduction_runs_and_finished_runs_are_read(tmp_path, monkeypatch):
     options = Options(quick=True, output_dir=tmp_path / "report", cache_dir=tmp_path / "cache")
     result = run(options)
-    stored = json.loads((tmp_path / "report" / "kvcomm.json").read_text(encoding="utf-8"))
+    stored = json.loads((tmp_path / "report" / "quick" / "kvcomm.json").read_text(encoding="utf-8"))
     assert stored["measurements"] == result["measurements"]
     assert len([row for row in result["measurements"] if row["claim"]]) == 5
     found = {(row["method"], row["metric"]): row["value"] for row in result["measurements"]}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from stemma.errors import InvalidDataError
 from stemma.train.recipe import Options, Runs, area, fingerprint, kept_folder, mean_and_error, paired, tail_probability
-from stemma.train.recipe_report import Report
+from stemma.train.recipe_report import Report, _finite
 from stemma.train.recipe_tables import tables
 
 values = st.floats(-1, 1, allow_nan=False)
@@ -61,6 +61,27 @@ def test_a_damaged_run_is_named(tmp_path):
         runs("a", 0, {}, lambda: {})
 
 
+@pytest.mark.parametrize("content", ["null", "[]", "{}", '{"method": "b", "seed": 0}'])
+def test_a_file_that_no_finished_run_leaves_is_named(tmp_path, content):
+    runs = Runs(tmp_path, say=lambda line: None)
+    runs("a", 0, {}, lambda: {})
+    (path,) = tmp_path.iterdir()
+    path.write_text(content)
+    with pytest.raises(InvalidDataError, match="not what a finished run leaves"):
+        runs("a", 0, {}, lambda: {})
+
+
+def test_a_place_for_runs_that_cannot_be_made_is_known_at_once(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        Runs(tmp_path / "file" / "runs")
+
+
+def test_a_quick_check_has_a_folder_of_its_own(tmp_path):
+    assert Options(output_dir=tmp_path).folder == tmp_path
+    assert Options(output_dir=tmp_path, quick=True).folder == tmp_path / "quick"
+
+
 def test_fingerprints_depend_on_values_and_not_on_order():
     assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
     assert fingerprint({"a": 1}) != fingerprint({"a": 2})
@@ -89,6 +110,34 @@ def test_paired_differences_against_all_signs(pairs):
     )
     assert difference.p_value == higher / 2 ** len(gaps)
     assert difference.p_value >= 2 ** -len(gaps)
+
+
+def test_of_many_pairs_signs_are_drawn():
+    gaps = [0.3, -0.2, 0.1, 0.4, -0.1] * 4
+    drawn = paired(gaps, [0.0] * 20)
+    assert drawn.pairs == 20
+    chances = [1.0]  # of each sum of tenths, by convolution
+    for gap in gaps:
+        step = round(10 * abs(gap))
+        wider = [0.0] * (len(chances) + 2 * step)
+        for index, chance in enumerate(chances):
+            wider[index] += chance / 2
+            wider[index + 2 * step] += chance / 2
+        chances = wider
+    lowest = (len(chances) - 1) // 2 + round(10 * sum(gaps))
+    assert drawn.p_value == pytest.approx(sum(chances[lowest:]), abs=0.01)
+    assert paired(gaps, [0.0] * 20) == drawn
+
+
+def test_a_run_that_diverged_makes_a_difference_unknown_and_no_error():
+    mean, error = mean_and_error([math.inf, 2.4, 2.4])
+    assert mean == math.inf
+    assert math.isnan(error)
+    assert math.isnan(paired([math.inf, 2.4], [2.0, 2.0]).p_value)
+    report = Report("demo", "Demo", {})
+    report.record("a", "loss", mean, error=error, claim="is low", expected="higher", p_value=math.nan)
+    (table,) = tables([_finite(vars(report.measurements[0]))])
+    assert "| – | – | – |" in table
 
 
 def test_paired_needs_pairs():

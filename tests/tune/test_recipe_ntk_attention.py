@@ -30,6 +30,8 @@ def test_it_runs_and_finished_runs_are_read(tmp_path: Path) -> None:
     assert json.loads(Path(result["files"]["json"]).read_text())["measurements"] == result["measurements"]
     stored = [row["value"] for row in result["measurements"] if row["metric"].startswith("operations")]
     assert stored == [131072.0, 524288.0, 262144.0, 262144.0]  # of a prefix by its length, of the stand-in always
-    times = [path.stat().st_mtime_ns for path in (tmp_path / "out" / "runs").iterdir()]
+    times = [path.stat().st_mtime_ns for path in (tmp_path / "out" / "quick" / "runs" / "ntk-attention").iterdir()]
     assert run(options)["measurements"] == result["measurements"]
-    assert [path.stat().st_mtime_ns for path in (tmp_path / "out" / "runs").iterdir()] == times
+    assert [
+        path.stat().st_mtime_ns for path in (tmp_path / "out" / "quick" / "runs" / "ntk-attention").iterdir()
+    ] == times

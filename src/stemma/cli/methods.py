@@ -165,7 +165,6 @@ def _read(path: Path, room: str, results: Path) -> Method:
         )
     reason = _NO_RUN.search(docstring)
     file = results / f"{room}_{name}.jsonl"
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     return Method(
         name=name,
         room=room,
@@ -173,8 +172,30 @@ def _read(path: Path, room: str, results: Path) -> Method:
         paper=Paper(source[1], int(source[2]), source[3]),
         reproduced=any(isinstance(node, ast.FunctionDef) and node.name == "run" for node in tree.body),
         unreproduced_because=" ".join(reason[1].split()) if reason else None,
-        rows=tuple(json.loads(line) for line in lines),
+        rows=_rows(file, name) if file.exists() else (),
     )
+
+
+def _rows(file: Path, name: str) -> tuple[Mapping[str, Any], ...]:
+    """The measurements of a method.
+
+    Raises:
+        InvalidDataError: a line that is no row of this method.
+    """
+    rows = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            fits = row["recipe"] == name and {"claim", "date", "commit", "machine", "shapes"} <= row.keys()
+        except (ValueError, TypeError, KeyError):
+            fits = False
+        if not fits:
+            raise InvalidDataError(
+                f"{file}, line {number}: no measurement of {name}; restore the file, or measure again with "
+                f"`python benchmarks/recipes.py {name}`"
+            )
+        rows.append(row)
+    return tuple(rows)
 
 
 def _short(method: Method) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -140,8 +141,9 @@ class Setting:
         largest = PrefixLinearAttentionForCausalLM(self.config("prefix_linear", feature_dim, task)).num_parameters()
         own = PrefixLinearAttentionForCausalLM(self.config(_METHODS[method], feature_dim, task)).num_parameters()
         width = 64 + round((largest - own) / (4 * 3 * self.hidden_size))
-        torch.manual_seed(stream_seed(seed, "init"))
-        return PrefixLinearAttentionForCausalLM(self.config(_METHODS[method], feature_dim, task, width))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stream_seed(seed, "init"))
+            return PrefixLinearAttentionForCausalLM(self.config(_METHODS[method], feature_dim, task, width))
 
 
 def reproduce(options: Options) -> dict[str, Any]:
@@ -162,7 +164,21 @@ def reproduce(options: Options) -> dict[str, Any]:
     }
     report = _Report("jrt", "Just read twice: recall from a state of fixed size", about)
     report.caption = "accuracy against state size, and prefill time against length"
-    runs = Runs(options.output_dir / "jrt")
+    runs = Runs(options.folder / "runs" / "jrt")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        _measure(report, runs, setting, tasks, sizes, seeds)
+        report.prefill(runs, (256, 512, 1024) if options.quick else (512, 1024, 2048, 4096, 8192))
+    finally:
+        torch.set_num_threads(threads)
+    return report.write(options.folder)
+
+
+def _measure(
+    report: "_Report", runs: Runs, setting: Setting, tasks: Sequence[Task], sizes: Sequence[int], seeds: Sequence[int]
+) -> None:
+    """Train every model, or read what was trained before."""
     for task in tasks:
         for seed in seeds:
             for method in _METHODS:
@@ -171,8 +187,6 @@ def reproduce(options: Options) -> dict[str, Any]:
                     result = runs(method, seed, settings, partial(train, setting, method, f, task, seed))
                     report.accuracies.setdefault((task.name, method, f), []).append(result["accuracy"])
     report.summarise(setting, sizes)
-    report.prefill(runs, (256, 512, 1024) if options.quick else (512, 1024, 2048, 4096, 8192))
-    return report.write(options.output_dir)
 
 
 def rows_for(method: str, examples: Examples) -> tuple[Tensor, Tensor, int]:
@@ -192,7 +206,6 @@ def train(setting: Setting, method: str, feature_dim: int, task: Task, seed: int
     Returns:
         `accuracy`, by kind of row; the `parameters` of the model; the last `loss`.
     """
-    torch.set_num_threads(1)
     model = setting.model(method, feature_dim, task, seed).train()
     optimizer = adamw(model, learning_rate=setting.learning_rate, weight_decay=0.01)
     rate = schedule(optimizer, "linear", warmup_steps=task.steps // 20, total_steps=task.steps)
@@ -229,7 +242,6 @@ def prefill_times(
     lengths: Sequence[int], *, heads: int = 4, head_dim: int = 64, feature_dim: int = 8
 ) -> dict[str, Any]:
     """Thread time in seconds of one layer's attention over a prompt, best of three."""
-    torch.set_num_threads(1)
     generator = stream(0, "prefill")
     times: dict[str, list[float]] = {"softmax": [], "JRT-RNN": []}
     for length in lengths:
@@ -268,7 +280,7 @@ class _Report(Report):
         self.times: dict[str, Any] = {}
 
     def summarise(self, setting: Setting, sizes: Sequence[int]) -> None:
-        """Means over seeds, and the paper's claims over pairs of one seed and one size."""
+        """Means over seeds, and the paper's claims over pairs of one seed, each the mean over state sizes."""
         for (task, method, f), found in self.accuracies.items():
             size = f"{setting.state_size(f)} numbers" if method != "softmax" else "keys and values"
             for kind in found[0]:
@@ -283,6 +295,9 @@ class _Report(Report):
                 ("JRT-RNN", "encoding both ways recalls more"),
             ):
                 self._claim(task, method, claim, self._means(task, method, sizes), self._means(task, "causal", sizes))
+            both, twice = (self._means(task, method, sizes) for method in ("JRT-RNN", "JRT-Prompt"))
+            mean, error = mean_and_error([a - b for a, b in zip(both, twice, strict=True)])
+            self.record("JRT-RNN", f"accuracy, {task}, JRT-RNN − JRT-Prompt", mean, error=error, repeats=len(both))
         task = Disjointness().name
         gaps = {method: self._gaps(task, method, sizes) for method in ("causal", "JRT-Prompt", "JRT-RNN")}
         for method, values in gaps.items():
@@ -293,12 +308,14 @@ class _Report(Report):
             self._claim(task, method, f"{method} depends less on the order", gaps["causal"], gaps[method], words)
 
     def _means(self, task: str, method: str, sizes: Sequence[int]) -> list[float]:
-        found = [accuracy for f in sizes for accuracy in self.accuracies[task, method, f]]
-        return [sum(accuracy.values()) / len(accuracy) for accuracy in found]
+        """Accuracy of each seed: the mean over kinds of rows and state sizes."""
+        seeds = zip(*(self.accuracies[task, method, f] for f in sizes), strict=True)
+        return [fmean(fmean(accuracy.values()) for accuracy in of_sizes) for of_sizes in seeds]
 
     def _gaps(self, task: str, method: str, sizes: Sequence[int]) -> list[float]:
-        found = [accuracy for f in sizes for accuracy in self.accuracies[task, method, f]]
-        return [abs(accuracy["short first"] - accuracy["long first"]) for accuracy in found]
+        """How far the orders of the sets are apart, for each seed: the mean over state sizes."""
+        seeds = zip(*(self.accuracies[task, method, f] for f in sizes), strict=True)
+        return [fmean(abs(a["short first"] - a["long first"]) for a in of_sizes) for of_sizes in seeds]
 
     def _claim(
         self, task: str, method: str, claim: str, first: list[float], second: list[float], words: str | None = None

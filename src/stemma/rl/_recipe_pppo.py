@@ -69,7 +69,7 @@ def reproduce(options: Options) -> dict[str, Any]:
     _failures(study, report)
     _lock_in(study, report)
     _variance(study, report)
-    return report.write(options.output_dir)
+    return report.write(options.folder)
 
 
 def _pppo(study: Study, method: str, seed: int, config: pppo.Config) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def reproduce(options: Options) -> dict[str, Any]:
     for method in ("GRPO", SFT_GRPO, RFT, FROZEN, WHOLE):
         report.mean_of(method, "grad_norm", "mean gradient norm")
         report.mean_of(method, "completions/mean_length", "mean completion length", unit="tokens")
-    return report.write(options.output_dir)
+    return report.write(options.folder)
 
 
 def _demonstrations(study: Study, seed: int) -> list[diallock.Episode]:

@@ -64,7 +64,7 @@ def reproduce(options: Options) -> dict[str, Any]:
         words = "10¹² operations (2ND sampling, rejected ones included; 6ND updates)"
         report.record(method, words, mean, error=error, repeats=len(values))
         report.mean_of(method, "reward", "mean training reward")
-    return report.write(options.output_dir)
+    return report.write(options.folder)
 
 
 def _run(
@@ -93,7 +93,7 @@ def _traces(study: Study, source: BasePolicy, seed: int) -> list[Trace]:
     """One solution of each training problem of the seed, sampled by the source."""
     settings = {"source": asdict(source), "task": asdict(study.task), "seed": seed}
     quick = study.options.quick
-    path = study.options.output_dir / "runs" / f"traces-{seed}-{fingerprint(settings)}.jsonl"
+    path = study.options.folder / "runs" / f"traces-{seed}-{fingerprint(settings)}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = plain_rows(study.task.training(seed))
     if quick:  # a policy of a few steps solves nothing

@@ -74,7 +74,7 @@ def reproduce(options: Options) -> dict[str, Any]:
             oracle[name],
             repeats=oracle["nodes"],
         )
-    return report.write(options.output_dir)
+    return report.write(options.folder)
 
 
 def _runs(study: Study, seed: int) -> Iterator[dict[str, Any]]:

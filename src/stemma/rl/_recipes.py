@@ -163,7 +163,7 @@ class Study:
     @property
     def runs(self) -> Runs:
         """Where this reproduction's finished runs are."""
-        return Runs(self.options.output_dir / "runs")
+        return Runs(self.options.folder / "runs")
 
     def for_options(self) -> "Study":
         """This study, or with `options.quick` one of seconds that only shows that everything runs."""

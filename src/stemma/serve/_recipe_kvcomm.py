@@ -71,7 +71,7 @@ def reproduce(options: Options) -> dict[str, Any]:
         "seeds": seeds,
     }
     report = KVCommReport("kvcomm", "KVCOMM: texts that agents pass to each other", about, lengths)
-    runs = Runs(options.output_dir / "runs" / "kvcomm")
+    runs = Runs(options.folder / "runs" / "kvcomm")
     known = {"model": base.folder.name, "problems": problems, "document": document, "templates": _TEMPLATES}
     for seed in range(seeds):
         for rule, config in rules.items():
@@ -86,7 +86,7 @@ def reproduce(options: Options) -> dict[str, Any]:
             )
             report.times.setdefault(length, []).append(run)
     report.summarise()
-    return report.write(options.output_dir)
+    return report.write(options.folder)
 
 
 # ---------------------------------------------------------------------- the workload

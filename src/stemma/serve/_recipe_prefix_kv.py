@@ -65,7 +65,7 @@ def reproduce(options: Options) -> dict[str, Any]:
         "seeds": seeds,
     }
     report = _Report("prefix-kv", "PrefixKV: each layer keeps as many keys as its attention spreads over", about)
-    runs = Runs(options.output_dir / "runs" / "prefix-kv")
+    runs = Runs(options.folder / "runs" / "prefix-kv")
     profile = _profile(base, prompt, rows)
     for seed in range(seeds):
         runs.say(f"PrefixKV: seed {seed} of {seeds}")
@@ -79,7 +79,7 @@ def reproduce(options: Options) -> dict[str, Any]:
         setting = {"model": base.folder.name, "length": length, "copies": copies, "new": new}
         report.speed.append(runs("speed", seed, setting, work))
     report.summarise(length, copies)
-    return report.write(options.output_dir)
+    return report.write(options.folder)
 
 
 # ---------------------------------------------------------------------- attention alone
@@ -237,7 +237,7 @@ class _Report(Report):
             self._mean(column, f"keys and values, {words}", [each / 2**20 for each in held], unit="MiB")
         gains = [run["found"]["1.0"][0] / run["found"]["0.2"][0] - 1 for run in self.speed]
         words = "steps per second with a fifth kept over those with everything, minus 1"
-        self._mean(OURS, words, gains, claim="1.8 times as fast with 20% kept", expected="higher")
+        self._mean(OURS, words, gains, claim="faster with 20% kept (1.8 times)", expected="higher")
 
     def _mean(self, method: str, metric: str, values: Sequence[float], **others: Any) -> None:
         mean, error = mean_and_error(values)

@@ -2,7 +2,7 @@
 with Python, in a few minutes, once.
 
 It is a byte-level Llama that has read the sources of the standard library. A reproduction gets the model, its tokenizer
-and rows of token ids of text that the model has never seen:
+and rows of token ids of files that the model has never seen:
 
 - `base.rows("test", ...)` to evaluate;
 - `base.rows("validation", ...)` to choose, profile or calibrate;
@@ -146,10 +146,14 @@ def python_base(options: Options) -> BaseModel:
         trained.append(time.perf_counter() - started)
 
     folder = kept_folder(options.cache_dir / name, make)
+    bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # of loading weights; runs have lines of their own
-    return BaseModel(
-        model=load_model(str(folder), device="cpu"), tokenizer=byte_tokenizer(), folder=folder, seconds=sum(trained)
-    )
+    try:
+        model = load_model(str(folder), device="cpu")
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    return BaseModel(model=model, tokenizer=byte_tokenizer(), folder=folder, seconds=sum(trained))
 
 
 def text_rows(texts: Mapping[str, str], count: int, length: int, *, seed: int = 0) -> Tensor:

@@ -15,9 +15,10 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from stemma.errors import InvalidDataError
@@ -34,7 +35,7 @@ __all__ = [
     "tail_probability",
 ]
 
-_MOST_EXACT_SIGNS = 16  # above so many pairs the sign-flip test would enumerate too many signs
+_MOST_EXACT_SIGNS = 16  # of more pairs, the signs of the sign-flip test are drawn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,23 +49,30 @@ class Options:
     cache_dir: Path = Path(".cache/stemma")
     """Folder of the policies that training starts from; they are made once, in a few minutes."""
     quick: bool = False
-    """Check in less than a minute that everything runs; its numbers mean nothing."""
+    """Check in less than a minute that everything runs, in a folder `quick` of `output_dir`; its numbers mean
+    nothing."""
 
     def __post_init__(self) -> None:
         if self.seeds is not None and self.seeds < 1:
             raise ValueError(f"seeds must be at least 1, or None; got {self.seeds}")
+
+    @property
+    def folder(self) -> Path:
+        """Where report and runs go."""
+        return self.output_dir / "quick" if self.quick else self.output_dir
 
 
 class Runs:
     """Finished runs in a folder, one JSON file each, named by method, seed and a hash of the settings.
 
     Args:
-        folder: where the files are; made when missing.
+        folder: where the files are; made at once, so that a place that cannot be written to is known before any work.
         say: prints one line of progress; standard error when None.
     """
 
     def __init__(self, folder: Path, *, say: Callable[[str], None] | None = None) -> None:
         self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
         self.say = say or (lambda line: print(line, file=sys.stderr, flush=True))
 
     def __call__(
@@ -88,13 +96,16 @@ class Runs:
                 found = json.loads(path.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise InvalidDataError(f"{path} is no JSON ({error}); remove it, and the run is made again") from error
+            if not isinstance(found, dict) or (found.get("method"), found.get("seed")) != (method, seed):
+                raise InvalidDataError(
+                    f"{path} is not what a finished run leaves; remove it, and the run is made again"
+                )
             self.say(f"{method}, seed {seed}: finished before, read from {path.name}")
             return found
         started, cpu = time.perf_counter(), time.process_time()
         result = {"method": method, "seed": seed, "settings": dict(settings), **function()}
         result |= {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         temporary.replace(path)
         return result
@@ -135,28 +146,38 @@ class Difference:
     pairs: int
     p_value: float
     """One-sided sign-flip test: how often a mean as high or higher comes up when the sign of every pair's difference is
-    a coin's. With n pairs it cannot be lower than 2 ** -n."""
+    a coin's. With n pairs it cannot be lower than 2 ** -n. NaN where a difference is not finite."""
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error (unbiased; NaN for one value)."""
+    """Mean and its standard error (unbiased; NaN for one value, and where a value is infinite)."""
     mean = statistics.fmean(values)
+    if not math.isfinite(mean):
+        return mean, math.nan
     return mean, statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
 def paired(first: Sequence[float], second: Sequence[float]) -> Difference:
     """First minus second, values of equal index belonging together.
 
+    Up to 16 pairs, all signs are tried; of more, 65,536 draws of them.
+
     Raises:
-        ValueError: the lengths differ, or there are more than 16 pairs.
+        ValueError: the lengths differ, or there is no pair.
     """
-    if len(first) != len(second) or not 1 <= len(first) <= _MOST_EXACT_SIGNS:
-        raise ValueError(f"need two equally long lists of 1 to {_MOST_EXACT_SIGNS}; got {len(first)} and {len(second)}")
+    if len(first) != len(second) or not first:
+        raise ValueError(f"need two equally long lists of at least one value; got {len(first)} and {len(second)}")
     differences = [a - b for a, b in zip(first, second, strict=True)]
     mean, error = mean_and_error(differences)
+    if not math.isfinite(mean):
+        return Difference(mean, error, len(differences), math.nan)
+    all_signs: Iterable[Sequence[int]] = itertools.product((1, -1), repeat=len(differences))
+    if len(differences) > _MOST_EXACT_SIGNS:
+        random = Random(0)
+        drawn = (random.choices((1, -1), k=len(differences)) for _ in range(2**_MOST_EXACT_SIGNS - 1))
+        all_signs = itertools.chain([[1] * len(differences)], drawn)  # those that were measured among them
     flipped = [
-        sum(sign * difference for sign, difference in zip(signs, differences, strict=True))
-        for signs in itertools.product((1, -1), repeat=len(differences))
+        sum(sign * difference for sign, difference in zip(signs, differences, strict=True)) for signs in all_signs
     ]
     as_high = sum(total >= sum(differences) - 1e-12 for total in flipped)
     return Difference(mean, error, len(differences), as_high / len(flipped))

@@ -53,12 +53,16 @@ class Report:
         title: heading.
         about: facts of the setting, for people.
         budget: sampled tokens over which the area under a curve is taken; None: it is not.
+
+    Raises:
+        MissingExtraError: matplotlib is not there, which the plot in the end would need.
     """
 
     caption = "pass@1 against tokens; the band is one standard error to either side of the mean over seeds"
     """What the plot shows."""
 
     def __init__(self, name: str, title: str, about: Mapping[str, Any], budget: float | None = None) -> None:
+        require_matplotlib()
         self.name, self.title, self.about, self.budget = name, title, dict(about), budget
         self.runs: dict[str, list[Run]] = {}
         self.measurements: list[Measurement] = []

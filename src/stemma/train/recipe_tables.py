@@ -104,7 +104,7 @@ def verdict(row: Mapping[str, Any]) -> str:
 
 
 def _cell(row: Mapping[str, Any] | None, metric: str) -> str:
-    if row is None:
+    if row is None or row["value"] is None:
         return "–"
     if metric in COUNTS:
         return f"{row['value']:,.0f}"
