@@ -1,5 +1,6 @@
 """The dispatcher: help, versions, wrong commands and flags, errors, JSON, interruption."""
 
+import errno
 import json
 import os
 import re
@@ -251,3 +252,19 @@ def test_a_reader_that_goes_away_is_no_traceback() -> None:
         timeout=60,
     )
     assert done.stderr == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("flags", [["--version", "--json"], ["--help"], ["methods", "--json"]])
+def test_a_full_device_is_one_message(flags: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "stemma.cli.main", *flags],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+        )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.endswith(f"stemma: cannot write: {os.strerror(errno.ENOSPC)}; make room, or write elsewhere\n")

@@ -23,6 +23,7 @@ def test_prompts_with_and_without_answers(tmp_path):
         (b"", "is empty"),
         (b"\n  \n", "is empty"),
         (b'{"prompt": "a"}\n{"prompt": "b"', r"line 2: not valid JSON \(.*column 15"),
+        (b'{"prompt": "a"}\n{"prompt": "b"\r\n{}\n', r"line 2: not valid JSON \(.*column 15"),
         (b'{"prompt": "a"}\n\xff\xfe', r"line 2: not UTF-8 \(byte 0\)"),
         (b'["prompt"]', "line 1: expected a JSON object, got list"),
         (b'{"question": "a"}', r"line 1: field 'prompt' is missing; found \['question'\]"),

@@ -14,6 +14,7 @@ Exit status: 0 success, 1 a named failure, 2 a wrong command line, 130 interrupt
 import ast
 import contextlib
 import difflib
+import errno
 import json
 import math
 import os
@@ -30,6 +31,8 @@ from stemma.errors import StemmaError
 
 __all__ = ["commands", "main"]
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""What writing fails with, whoever writes."""
 _VERSIONED = ("stemma-lm", "torch", "transformers", "trl", "peft", "accelerate")
 
 
@@ -55,9 +58,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("stemma: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader of our output has gone (`stemma ... | head`); keep the interpreter from complaining at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()  # its reader has gone (`stemma ... | head`)
         return 141
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        if os.environ.get("STEMMA_TRACEBACK", "0") not in ("", "0"):
+            traceback.print_exc()
+        print(f"stemma: cannot write: {error.strerror}; make room, or write elsewhere", file=sys.stderr)
+        _drop_output()
+        return 1
+
+
+def _drop_output() -> None:
+    """Keep the interpreter from complaining at exit of output that nobody takes."""
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -80,7 +80,7 @@ def read_prompts(path: str | PathLike[str]) -> list[PromptRecord]:
 
 def _parse_line(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
-        record = json.loads(line.decode("utf-8"))
+        record = json.loads(line.rstrip(b"\r\n").decode("utf-8"))  # with its end, a cut-off line fails on the next one
     except UnicodeDecodeError as error:
         raise InvalidDataError(
             f"{path}, line {number}: not UTF-8 (byte {error.start}); save the file as UTF-8"
