@@ -116,6 +116,20 @@ def test_plain_math_equals_the_fused_kernel(softcap, monkeypatch):
             torch.testing.assert_close(tuple(a), tuple(b), rtol=0, atol=1e-12)
 
 
+def test_autocast_does_not_reach_into_plain_math():
+    layout = Layout.of(PrefixTree.from_groups([[1] * 9, [2] * 5], [[[3] * 4, [4] * 6], [[5] * 3, [6] * 2]]))
+    for dtype in (torch.bfloat16, torch.float32):
+        inputs = _inputs(layout, (4, 2), dtype=dtype)
+        found = []
+        for wanted in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=wanted):
+                output = tree_attention(*inputs, layout, softcap=2.0)
+                found.append([output, *torch.autograd.grad(output, inputs, torch.ones_like(output))])
+        for without, within in zip(*found, strict=True):
+            assert within.dtype == dtype
+            assert torch.equal(within, without)
+
+
 @pytest.mark.parametrize("settings", [{}, {"window": 5}, {"softcap": 2.0}], ids=str)
 def test_flex_attention_forward(settings):
     random = np.random.default_rng(0)

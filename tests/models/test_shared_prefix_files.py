@@ -71,9 +71,20 @@ def test_latent_attention_keeps_its_two_head_sizes(tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(pair, loaded.context()[module], strict=True))
 
 
+def test_files_that_do_not_tell_what_computed_them_are_read(saved):
+    about = json.loads((saved / "prefix.json").read_text())
+    assert about["model"].pop("computed_in") == "float64"
+    (saved / "prefix.json").write_text(json.dumps(about))
+    model = decoder()
+    assert stemma.SharedPrefix.from_pretrained(model, saved).ids.tolist() == HEAD
+    with torch.autocast("cpu", torch.bfloat16):  # which leaves float64 alone
+        stemma.SharedPrefix.from_pretrained(model, saved)
+
+
 @pytest.fixture
 def saved(tmp_path):
-    stemma.SharedPrefix.from_ids(decoder(), HEAD).save_pretrained(tmp_path)
+    model = decoder()
+    stemma.SharedPrefix.from_ids(model, HEAD).save_pretrained(tmp_path)
     return tmp_path
 
 

@@ -8,7 +8,8 @@ Two kernels: torch's fused CPU attention, which takes grouped queries as they ar
 size for what no fused kernel offers here (soft-capped scores, other devices).
 """
 
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,7 +61,8 @@ def block_forward(
         return torch._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, causal, attn_mask=bias, scale=scale
         )
-    return _math_forward(query, key, value, causal, scale, softcap, bias)
+    with _without_autocast(query):
+        return _math_forward(query, key, value, causal, scale, softcap, bias)
 
 
 def block_backward(
@@ -92,7 +94,14 @@ def block_backward(
                 grad_output, query, key, value, output, log_sum_exp, 0.0, causal, attn_mask=bias, scale=scale
             )
         )
-    return _math_backward(grad_output, query, key, value, output, log_sum_exp, causal, scale, softcap, bias)
+    with _without_autocast(query):
+        return _math_backward(grad_output, query, key, value, output, log_sum_exp, causal, scale, softcap, bias)
+
+
+def _without_autocast(query: Tensor) -> AbstractContextManager[Any]:
+    """Plain math chooses its own precision."""
+    device = query.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def _grouped(query: Tensor, key_heads: int) -> Tensor:

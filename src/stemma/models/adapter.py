@@ -18,7 +18,8 @@ of a mask, the next mask function sees which cache was asked, and its marker lea
 
 import inspect
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -27,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -60,6 +61,8 @@ LAYOUT_ARGUMENT = "stemma_call"
 
 _PREFIX = "stemma_"
 _LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
+_lock = threading.RLock()
+"""Held while a model changes its attention implementation."""
 
 
 @dataclass(eq=False)
@@ -132,9 +135,11 @@ def _implementation(model: PreTrainedModel) -> str:
 def enable(model: Any, *, verify: bool = False, self_test: bool = True) -> Any:
     """Let a Hugging Face decoder run over prefix trees; everything else about the model stays as it is.
 
+    Call this before threads share the model: calls that enable it for their own length disable it under each other.
+
     Args:
         model: a causal language model of transformers, plain or wrapped (PEFT, DDP, FSDP). Changed in place: its
-            attention implementation becomes a dispatching one around the present one.
+            attention implementation becomes a dispatching one around the present one, in each part of the model.
         verify: compare the first batch given to :func:`stemma.score` with the plain forward, and fall back to the plain
             forward with a warning should they differ.
         self_test: compare a small tree with each of its sequences alone at once (a few short forwards without
@@ -148,34 +153,46 @@ def enable(model: Any, *, verify: bool = False, self_test: bool = True) -> Any:
             the self-test; the message names the model type and the reason. The model is left as it was.
     """
     inner = base_model(model)
-    if not is_enabled(model):
-        _refuse_unsuitable(inner)
-        original = _implementation(inner)
-        test = None
-        if self_test and _materialised(inner):
-            from stemma.models.verify import SelfTest
+    with _lock:
+        if not is_enabled(model):
+            _refuse_unsuitable(inner)
+            before, after = _implementations(inner.config, str), _implementations(inner.config, _register)
+            test = None
+            if self_test and _materialised(inner):
+                from stemma.models.verify import SelfTest
 
-            test = SelfTest(model)  # its reference comes from the model as it is
-        name = _register(original)
-        inner.set_attn_implementation(name)
-        try:
-            if _implementation(inner) != name:
-                raise _not_dispatching(inner)
-            if test is not None:
-                test.run()
-        except Exception:
-            inner.set_attn_implementation(original)
-            raise
-    inner._stemma_verify = verify
+                test = SelfTest(model)  # its reference comes from the model as it is
+            try:
+                inner.set_attn_implementation(after)
+                if not is_enabled(model):
+                    raise _not_dispatching(inner)
+                if test is not None:
+                    test.run()
+            except BaseException:  # Ctrl-C too
+                inner.set_attn_implementation(before)
+                raise
+        inner._stemma_verify = verify
     return model
 
 
 def disable(model: Any) -> Any:
     """Undo :func:`enable`: give the model its original attention implementation back. Returns the model."""
     inner = base_model(model)
-    if is_enabled(model):
-        inner.set_attn_implementation(_implementation(inner).removeprefix(_PREFIX))
+    with _lock:
+        if is_enabled(model):
+            inner.set_attn_implementation(_implementations(inner.config, lambda name: name.removeprefix(_PREFIX)))
     return model
+
+
+def _implementations(config: PreTrainedConfig, change: Callable[[str], str]) -> dict[str, Any]:
+    """The implementations of a model and its parts, each changed, as `set_attn_implementation` takes them."""
+    own = config._attn_implementation
+    found: dict[str, Any] = {"": own if own is None else change(own)}
+    for name in config.sub_configs:
+        part = getattr(config, name, None)
+        if part is not None:
+            found[name] = _implementations(part, change)
+    return found
 
 
 def _not_dispatching(model: PreTrainedModel) -> UnsupportedModelError:
@@ -250,6 +267,7 @@ def _materialised(model: PreTrainedModel) -> bool:
 
 def _register(original: str) -> str:
     """Register the dispatching implementation around ``original``; registering again changes nothing."""
+    original = original.removeprefix(_PREFIX)
     name = _PREFIX + original
     if name in ALL_ATTENTION_FUNCTIONS:
         return name

@@ -124,13 +124,13 @@ def check_model(model: nn.Module) -> None:
     inner = base_model(model)
     if not is_enabled(model):
         raise UnsupportedModelError(
-            f"{type(inner).__name__} has not been enabled for shared prefixes: call stemma.enable(model) first, "
-            'or pass mode="plain".'
+            f"{type(inner).__name__} has not been enabled for shared prefixes; call stemma.enable(model) first. "
+            '(stemma.score and stemma.backward do without it in mode="plain".)'
         )
     if getattr(inner.config, "output_attentions", False):
         raise UnsupportedModelError(
             "config.output_attentions asks for attention weights, which tree attention never forms. "
-            'Set it to False, or pass mode="plain".'
+            'Set it to False. (stemma.score and stemma.backward leave it alone in mode="plain".)'
         )
     if inner.training and getattr(inner.config.get_text_config(), "router_jitter_noise", 0):
         raise UnsupportedModelError(

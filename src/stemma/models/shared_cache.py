@@ -88,6 +88,8 @@ class SharedPrefixCache(RowsCache):
         """Tokens that were encoded to make it."""
 
     @classmethod
+    @torch.inference_mode(False)  # what is made in it could not be written outside it
+    @torch.no_grad()
     def of(
         cls,
         model: Any,
@@ -113,9 +115,15 @@ class SharedPrefixCache(RowsCache):
         Raises:
             InvalidBatchError: no row or an empty one, ids outside the vocabulary, more tokens than the model has
                 positions, or a prefix of another model.
-            UnsupportedModelError: a layer of the model cannot share its keys and values; says which.
+            UnsupportedModelError: a layer of the model cannot share its keys and values; says which. Or gradient
+                checkpointing would drop the cache.
         """
         check_model(model)
+        if any(module.training and getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+            raise UnsupportedModelError(
+                "gradient checkpointing is on in train mode, where transformers' layers drop their cache; call "
+                "model.eval() to decode, or model.gradient_checkpointing_disable()."
+            )
         if not rows:
             raise InvalidBatchError("there are no rows to decode; give at least one list of token ids.")
         ids = [as_ids(row, f"row {index}") for index, row in enumerate(rows)]

@@ -9,7 +9,6 @@ import inspect
 import json
 import os
 import weakref
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,11 @@ from torch import Tensor, nn
 
 from stemma.cache.states import even_heads
 from stemma.errors import InvalidBatchError, InvalidDataError, UnsupportedModelError
-from stemma.models.adapter import LAYOUT_ARGUMENT, TreeCall, base_model, is_enabled, tree_call
+from stemma.models.adapter import LAYOUT_ARGUMENT, TreeCall, base_model, tree_call
 from stemma.models.fingerprint import active_adapters, fingerprint
 from stemma.models.forward import check_batch, check_calls, check_model, dynamic_rope_limit
 from stemma.models.streaming import Part, partition
+from stemma.models.weights_state import weights_state
 from stemma.prefix.layout import Layout
 from stemma.prefix.radix import as_ids
 from stemma.prefix.tree import PrefixTree
@@ -45,7 +45,8 @@ class SharedPrefix:
 
     def __init__(self, model: nn.Module, above: "SharedPrefix | None", ids: np.ndarray, context: Context) -> None:
         self._model = weakref.ref(base_model(model))
-        self._fingerprint = _fingerprint(model)
+        self._state = _state(model)
+        self._precision = _precision(model)
         self.above = above
         self.ids: np.ndarray = ids if above is None else np.concatenate([above.ids, ids])
         """``(length,)`` token ids of the whole path."""
@@ -54,6 +55,19 @@ class SharedPrefix:
         self.states = {module: even_heads(*pair) for module, pair in context.items()}
         """Keys and values of the added tokens, by module, of one head size."""
         self._sizes = {module: (pair[0].shape[-1], pair[1].shape[-1]) for module, pair in context.items()}
+
+    def __copy__(self) -> "SharedPrefix":
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SharedPrefix":
+        """Itself: nothing in it is ever written, and a copy of its model would be another model."""
+        return self
+
+    def __reduce__(self) -> Any:
+        raise InvalidDataError(
+            "a SharedPrefix belongs to a model of this process and cannot be pickled; write it with "
+            "prefix.save_pretrained(folder), and read it with SharedPrefix.from_pretrained(model, folder)."
+        )
 
     @classmethod
     def from_ids(cls, model: Any, ids: Any, *, max_tokens: int | None = None) -> "SharedPrefix":
@@ -83,8 +97,10 @@ class SharedPrefix:
         return model
 
     @classmethod
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _encode(cls, model: Any, above: "SharedPrefix | None", ids: Any, max_tokens: int | None) -> "SharedPrefix":
-        _check_model(model)
+        check_model(model)
         new = as_ids(ids, "the prefix")
         if new.size == 0:
             raise InvalidBatchError("a prefix needs at least one token.")
@@ -110,13 +126,16 @@ class SharedPrefix:
     @property
     def path(self) -> "list[SharedPrefix]":
         """The handles from the first to this one."""
-        return [*(self.above.path if self.above is not None else []), self]
+        found, step = [self], self.above
+        while step is not None:
+            found.append(step)
+            step = step.above
+        return found[::-1]
 
     @property
     def nbytes(self) -> int:
         """Bytes of the keys and values of the whole path."""
-        own = sum(x.untyped_storage().nbytes() for states in self.states.values() for x in states)
-        return own + (self.above.nbytes if self.above is not None else 0)
+        return sum(x.untyped_storage().nbytes() for step in self.path for pair in step.states.values() for x in pair)
 
     def context(self) -> Context:
         """Keys and values of the whole path in the head sizes of the model."""
@@ -161,7 +180,7 @@ class SharedPrefix:
             "format": _FORMAT,
             "tokens": [step.added for step in self.path],
             "modules": [names[module] for module in self.states],
-            "model": fingerprint(model),
+            "model": fingerprint(model) | {"computed_in": _name(self._precision)},
         }
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -182,7 +201,8 @@ class SharedPrefix:
         """The prefix that :meth:`save_pretrained` wrote, on the device of the model.
 
         Args:
-            model: an enabled model with the weights, precision and active adapters of the one that encoded it.
+            model: an enabled model with the weights, precision (autocast included) and active adapters of the one that
+                encoded it.
             folder: where it is.
 
         Raises:
@@ -191,13 +211,14 @@ class SharedPrefix:
         """
         from safetensors.torch import load_file
 
-        _check_model(model)
+        check_model(model)
         inner, folder = base_model(model), Path(folder)
         try:
             about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
             if about["format"] != _FORMAT or about["sha256"] != _sha256(folder / _TENSORS):
                 raise ValueError(f"{_TENSORS} is cut off, damaged, or does not belong to {_ABOUT}")
-            written, own = about["model"], fingerprint(model)
+            written, own = about["model"], fingerprint(model) | {"computed_in": _name(_precision(model))}
+            written = {"computed_in": written["dtype"], **written}  # which older files do not tell
             differing = ", ".join(
                 f"{key} ({written.get(key)}, here {own[key]})" for key in own if written[key] != own[key]
             )
@@ -222,7 +243,9 @@ class SharedPrefix:
         return prefix
 
     def check(self, model: nn.Module) -> None:
-        """Refuse another model, and this one with other weights, precision or adapters.
+        """Refuse another model, and this one with other weights, buffers, precision or adapters.
+
+        What counts as a change of weights is said in :func:`stemma.models.weights_state.weights_state`.
 
         Raises:
             InvalidBatchError: says what differs.
@@ -231,21 +254,17 @@ class SharedPrefix:
             raise InvalidBatchError(
                 "this prefix was encoded by another model; make one with SharedPrefix.from_ids(model, ids)."
             )
-        if self._fingerprint != _fingerprint(model):
+        if self._state != _state(model):
             raise InvalidBatchError(
-                "the model has changed since this prefix was encoded (weights, precision, device or active adapters); "
-                "make the prefix again with SharedPrefix.from_ids(model, ids)."
+                "the model has changed since this prefix was encoded (weights, buffers, precision, device or active "
+                "adapters); make the prefix again with SharedPrefix.from_ids(model, ids)."
             )
-
-
-def _check_model(model: nn.Module) -> None:
-    """As :func:`check_model`, which knows another way out than a prefix has."""
-    if not is_enabled(model):
-        raise UnsupportedModelError(
-            f"{type(base_model(model)).__name__} has not been enabled for shared prefixes; call stemma.enable(model) "
-            "first."
-        )
-    check_model(model)
+        if self._precision != _precision(model):
+            raise InvalidBatchError(
+                f"this prefix was encoded in {_name(self._precision)}, and the model now computes in "
+                f"{_name(_precision(model))} (torch.autocast); use it as it was encoded, or make the prefix again here "
+                "with SharedPrefix.from_ids(model, ids)."
+            )
 
 
 def _sha256(path: Path) -> str:
@@ -262,10 +281,22 @@ def _join(context: Context, module: nn.Module, which: int, new: Tensor) -> Tenso
     return torch.cat([context[module][which], new], dim=2) if module in context else new
 
 
-def _fingerprint(model: nn.Module) -> tuple[object, ...]:
-    """What the keys and values of a prefix depend on besides its tokens; every write to a weight changes it."""
-    weights = hash(tuple((id(p), p._version, p.dtype, p.device) for p in base_model(model).parameters()))
-    return weights, active_adapters(model)
+def _state(model: nn.Module) -> tuple[object, ...]:
+    """What the keys and values of a prefix depend on besides its tokens and the precision."""
+    return weights_state(model), active_adapters(model)
+
+
+def _precision(model: nn.Module) -> torch.dtype:
+    """What the model computes in now: its own precision, or that of autocast."""
+    inner = base_model(model)
+    device = inner.get_input_embeddings().weight.device.type
+    if inner.dtype != torch.float64 and torch.is_autocast_enabled(device):  # which leaves float64 alone
+        return torch.get_autocast_dtype(device)
+    return inner.dtype
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def check_lengths(model: nn.Module, longest: int) -> None:
@@ -310,15 +341,13 @@ def encode_tree(
     if max_tokens is not None and tree.unique_tokens > max_tokens:
         parts = partition(tree, max_tokens)
     pieces: list[Context] = []
-
-    def walk(parts: Sequence[Part], context: Context) -> None:
-        for part in parts:
-            whole = _encode_part(model, Layout.of(tree, part.begin, part.end), context, above)
-            tokens = part.end - part.begin
-            pieces.append({module: (k[:, :, -tokens:], v[:, :, -tokens:]) for module, (k, v) in whole.items()})
-            walk(part.below, whole)
-
-    walk(parts, context or {})
+    rest = [(part, context or {}) for part in reversed(parts)]
+    while rest:
+        part, over = rest.pop()
+        whole = _encode_part(model, Layout.of(tree, part.begin, part.end), over, above)
+        tokens = part.end - part.begin
+        pieces.append({module: (k[:, :, -tokens:], v[:, :, -tokens:]) for module, (k, v) in whole.items()})
+        rest += [(below, whole) for below in reversed(part.below)]
     if len(pieces) == 1:
         return pieces[0]
     return {

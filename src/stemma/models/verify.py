@@ -4,22 +4,25 @@
 ``stemma check``: log-probabilities, every parameter's gradient, time and memory.
 """
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from stemma.errors import InvalidBatchError, UnsupportedModelError
-from stemma.models.adapter import base_model, enable, is_enabled
+from stemma.models.adapter import base_model, disable, enable, is_enabled
 from stemma.models.forward import Edges, ForwardSettings, plain_forward, tree_forward
 from stemma.prefix.economy import economy
 from stemma.prefix.tree import PrefixTree
 
-__all__ = ["CheckReport", "SelfTest", "check"]
+__all__ = ["CheckReport", "SelfTest", "check", "while_enabled"]
 
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 2e-2}
 """Largest log-probability difference, in nats, that counts as rounding. float64 models keep float32 inside their "
@@ -91,6 +94,45 @@ def _times(ratio: float, above: str, below: str) -> str:
     return f"{ratio:.2f} times {above}" if ratio >= 1 else f"{1 / max(ratio, 1e-12):.2f} times {below}"
 
 
+_lock = threading.RLock()
+_users: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+"""Blocks of :func:`while_enabled` that run on a model now."""
+
+
+@contextmanager
+def while_enabled(model: Any) -> Iterator[None]:
+    """The model enabled for the length of a block, and then as it was; blocks of several threads may overlap.
+
+    Raises:
+        UnsupportedModelError: as :func:`stemma.enable`.
+    """
+    inner = base_model(model)
+    with _lock:
+        counted = inner in _users or not is_enabled(model)
+        if not is_enabled(model):
+            enable(model)
+        if counted:
+            _users[inner] = _users.get(inner, 0) + 1
+    try:
+        yield
+    finally:
+        with _lock:
+            if counted:
+                _users[inner] -= 1
+                if not _users[inner]:
+                    del _users[inner]
+                    disable(model)
+
+
+@contextmanager
+def _without_autocast(model: nn.Module) -> Iterator[None]:
+    """Autocast off, so that weights of one precision are computed with in it; weights of several may need it."""
+    device = base_model(model).get_input_embeddings().weight.device.type
+    mixed = len({p.dtype for p in model.parameters() if p.is_floating_point()}) > 1
+    with torch.autocast(device, enabled=mixed and torch.is_autocast_enabled(device)):
+        yield
+
+
 @contextmanager
 def _without_dropout(model: nn.Module) -> Iterator[None]:
     """Evaluation mode for the length of a comparison; every module's own mode comes back."""
@@ -135,7 +177,7 @@ class SelfTest:
 
     def _alone(self) -> Tensor:
         rows = [np.array([index]) for index in range(self.tree.num_sequences)]
-        with torch.no_grad(), _without_dropout(self.model):
+        with torch.no_grad(), _without_dropout(self.model), _without_autocast(self.model):
             return torch.cat([plain_forward(self.model, self.tree, row, ForwardSettings())[0] for row in rows])
 
     def run(self) -> None:
@@ -147,7 +189,7 @@ class SelfTest:
         label = f"{type(self.inner).__name__} (model type '{self.inner.config.model_type}')"
         edges = Edges.of(self.tree)
         try:
-            with torch.no_grad(), _without_dropout(self.model):
+            with torch.no_grad(), _without_dropout(self.model), _without_autocast(self.model):
                 shared, _, _, _ = tree_forward(self.model, self.tree, edges, ForwardSettings())
         except UnsupportedModelError:
             raise
@@ -183,7 +225,6 @@ def check(model: nn.Module, tree: PrefixTree | None = None, *, repeats: int = 3,
         UnsupportedModelError: the model cannot run over a tree at all.
         InvalidBatchError: no token of the batch is scored.
     """
-    from stemma.models.adapter import disable
     from stemma.models.planner import model_shape
 
     if tree is not None and not tree.scored.any():
@@ -192,9 +233,6 @@ def check(model: nn.Module, tree: PrefixTree | None = None, *, repeats: int = 3,
             "or a prompt with a response that is not empty."
         )
     inner = base_model(model)
-    was_enabled = is_enabled(model)
-    if not was_enabled:
-        enable(model)
     tree = _random_tree(model, 2, 4, 256, 64, seed) if tree is None else tree
     device = inner.get_input_embeddings().weight.device
     weights = torch.from_numpy(np.random.default_rng(seed).standard_normal(int(tree.scored.sum()))).to(device)
@@ -218,7 +256,7 @@ def check(model: nn.Module, tree: PrefixTree | None = None, *, repeats: int = 3,
         return logprobs.detach(), {name: p.grad for name, p in parameters.items() if p.grad is not None}
 
     try:
-        with torch.enable_grad(), _without_dropout(model):
+        with while_enabled(model), torch.enable_grad(), _without_dropout(model):
             plain_memory, shared_memory = _memory(lambda: step(plain), device), _memory(lambda: step(shared), device)
             (plain_logprobs, plain_grads), (shared_logprobs, shared_grads) = step(plain), step(shared)
             worst, where = 0.0, "none"
@@ -239,8 +277,6 @@ def check(model: nn.Module, tree: PrefixTree | None = None, *, repeats: int = 3,
     finally:
         for name, parameter in parameters.items():
             parameter.grad = kept[name]
-        if not was_enabled:
-            disable(model)
     return CheckReport(
         model_type=inner.config.model_type,
         dtype=str(inner.dtype).removeprefix("torch."),
