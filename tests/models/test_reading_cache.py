@@ -76,3 +76,32 @@ def test_rows_of_different_lengths_need_a_model_that_is_told_positions(make):
 
     with pytest.raises(stemma.UnsupportedModelError, match="takes no position_ids"):
         go_on()
+
+
+@CACHES
+@pytest.mark.parametrize("assisted", ["assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"])
+def test_assisted_decoding_is_refused(make, assisted):
+    model = decoder()
+    cache, inputs = options(make, model)
+    mask = inputs["attention_mask"][:1]
+    value = decoder() if assisted == "assistant_model" else 1
+    with pytest.raises(ValueError, match=f"{type(cache).__name__} is not made for assisted decoding"):
+        model.generate(
+            torch.tensor([[*ROWS[0], 1]]),
+            attention_mask=mask,
+            past_key_values=make(model, ROWS[:1]),
+            max_new_tokens=4,
+            **{assisted: value},
+        )
+
+
+@CACHES
+def test_new_tokens_can_be_taken_back_and_nobody_else_asks_to(make):
+    model = decoder()
+    cache, inputs = options(make, model)
+    seen = cache.get_seq_length()
+    with torch.no_grad():
+        model(**inputs, past_key_values=cache)
+    cache.crop(-1)
+    assert cache.get_seq_length() == 3 >= seen
+    assert not cache.is_croppable  # as transformers would begin with activate_past_recording

@@ -27,7 +27,7 @@ class _Layer(CacheLayerMixin):
     """What a layer of the model sees of the cache: lengths."""
 
     is_sliding = False
-    is_croppable = True
+    is_croppable = False  # not for transformers, which would ask to record what is cropped; `crop` of the cache works
     supports_early_init = False
 
     def __init__(self, cache: "RowsCache", number: int, seen: int) -> None:
@@ -183,6 +183,17 @@ class RowsCache(Cache):
                 f"the cache was made with another model ({self.label}) than the one that reads it with "
                 f"{type(module).__name__}. A copy is another model; make the cache with the one that decodes."
             )
+
+    def activate_past_recording(self) -> None:
+        """Refuse assisted decoding, which begins with this call and would count tokens wrongly.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"{type(self).__name__} is not made for assisted decoding; leave out assistant_model, "
+            "prompt_lookup_num_tokens, assistant_early_exit and use_mtp, or generate without past_key_values."
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RowsCache":
         """A cache that goes on by itself, of the same model: copying a cache that holds a prompt, for each of many

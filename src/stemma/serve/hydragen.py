@@ -24,17 +24,18 @@ Relations: :mod:`stemma.attention.tree` is the same decomposition with gradients
 
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import asdict, dataclass
+from operator import index as index_of
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from stemma.errors import InvalidBatchError, UnsupportedModelError
+from stemma.errors import InvalidBatchError
 from stemma.models.adapter import base_model, disable, enable, is_enabled
 from stemma.models.shared_cache import SharedPrefixCache, SharingReport
 from stemma.models.shared_prefix import SharedPrefix, check_lengths
+from stemma.serve._hydragen_options import merge, new_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,18 +49,6 @@ __all__ = ["Config", "Generations", "Report", "generate", "prompt_ids"]
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """A text, token ids, or the messages of a chat."""
 
-_REFUSED = {
-    "past_key_values": "generate makes the cache itself; give what all prompts begin with as prefix=",
-    "inputs_embeds": "prefixes are shared by token ids; give prompts",
-    "input_ids": "give prompts",
-    "attention_mask": "give prompts without padding; it is added here",
-    "assistant_model": "a cache of shared prefixes is not made for assisted decoding; leave it out",
-    "prompt_lookup_num_tokens": "a cache of shared prefixes is not made for assisted decoding; leave it out",
-    "custom_generate": "it would need to know the cache; leave it out",
-}
-_OF_SAMPLING: dict[str, tuple[float, ...]] = {"temperature": (0, 1), "top_p": (1,), "top_k": (0,)}
-"""Options that only sampling reads, and their values that change nothing without it."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -67,7 +56,7 @@ class Config:
 
     share: Literal["auto", "always", "never"] = "auto"
     """"auto" shares a run of tokens where reading it once pays for its kernel call; "always" shares whatever two rows
-    have in common; "never" is transformers' `generate` with its own cache."""
+    have in common; "never" is transformers' `generate` with its own cache, of any kind and length."""
     min_shared: int = 8
     """Shortest common run that is encoded once, in tokens, at least 1."""
     max_tokens: int | None = None
@@ -149,7 +138,7 @@ def generate(
 
     Padding never reaches attention, so a tokenizer without a pad token will do: rows are padded with the pad token of
     the generation config, else of the tokenizer, else with the first end-of-sequence token, else with id 0. Rows end at
-    the end-of-sequence token of the generation config, else of the tokenizer.
+    the end-of-sequence tokens of the generation config, else of the tokenizer.
 
     Args:
         model: a causal language model of transformers. One that was not enabled (:func:`stemma.enable`) is enabled for
@@ -161,16 +150,20 @@ def generate(
         prefix: what all prompts begin with, encoded before; prompts are then what follows it. Texts are tokenized by
             themselves, without special tokens; messages cannot follow a prefix.
         sharing: how prefixes are shared.
-        generation_config: of transformers, in place of the model's own.
+        generation_config: of transformers; what it leaves open is as in the model's own.
         generation_kwargs: any other option of ``model.generate``: ``num_return_sequences``, ``num_beams``,
-            ``do_sample``, ``temperature``, ``logits_processor``, ``stopping_criteria``, ``stop_strings``, ...
+            ``do_sample``, ``temperature``, ``logits_processor``, ``stopping_criteria``, ``stop_strings``, ...; None
+            switches off what a config sets, the end-of-sequence token too.
 
     Raises:
-        InvalidBatchError: no prompt, an empty one, one that is not in a list, messages that the chat template does not
-            take or that would follow a prefix, ids outside the vocabulary, more tokens (new ones included) than the
-            model has positions, rotary frequencies that would change with the length, or a prefix of another model.
-        UnsupportedModelError: a layer of the model cannot share its keys and values, or an active dropout.
-        ValueError: an option that cannot be combined with shared prefixes, or one of sampling without ``do_sample``.
+        InvalidBatchError: no prompt, an empty one, one that is not in a list, ids that are no integers, or messages
+            that the chat template does not take or that would follow a prefix. Unless ``share="never"``: ids outside
+            the vocabulary, more tokens (new ones included) than the model has positions, rotary frequencies that would
+            change with the length, or a prefix of another model.
+        UnsupportedModelError: unless ``share="never"``: a layer of the model cannot share its keys and values, an
+            active dropout, or attention weights as output.
+        ValueError: an option that the model does not take or that cannot be combined with shared prefixes, or one of
+            sampling without ``do_sample``.
     """
     if sharing is not None and not isinstance(sharing, Config):
         raise ValueError(f'sharing must be a Config, got {sharing!r}; write sharing=Config(share="always"), say.')
@@ -182,22 +175,20 @@ def generate(
     prompts = _listed(prompts)
     sharing = sharing or Config()
     inner: PreTrainedModel = base_model(model)
-    config = _generation_config(inner, tokenizer, generation_config, generation_kwargs)
-    config.max_new_tokens = max_new_tokens
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
+    shared = sharing.share != "never"
+    config, arguments = merge(
+        inner, tokenizer, generation_config, generation_kwargs, max_new_tokens=max_new_tokens, shared=shared
+    )
     ids = [prompt_ids(tokenizer, prompt, index, prefix is not None) for index, prompt in enumerate(prompts)]
     whole = ids if prefix is None else [[*prefix.ids.tolist(), *row] for row in ids]
-    check_lengths(model, max(map(len, whole)) + max_new_tokens)
+    if shared:
+        check_lengths(model, max(map(len, whole)) + max_new_tokens)
     rows = max(config.num_beams or 1, config.num_return_sequences or 1)
     device = inner.get_input_embeddings().weight.device
-    input_ids, mask = _padded(whole, int(config.pad_token_id), device)
-    kwargs = {name: value for name, value in generation_kwargs.items() if not hasattr(config, name)}
-    if config.stop_strings is not None:
-        kwargs["tokenizer"] = tokenizer
+    input_ids, mask = _padded(whole, config.pad_token_id, device)
     report = None
-    with _enabled(model, sharing.share != "never"):
-        if sharing.share != "never":
+    with _enabled(model, shared):
+        if shared:
             cache = SharedPrefixCache.of(
                 model,
                 [row for row in ids for _ in range(rows)],
@@ -208,12 +199,12 @@ def generate(
                 **({"call_bytes": 0} if sharing.share == "always" else {}),
             )
             report = Report.of(cache, len(ids), prefix)
-            kwargs["past_key_values"] = cache
-        output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=config, **kwargs)
-        if sharing.share != "never":
+            arguments["past_key_values"] = cache
+        output = model.generate(input_ids=input_ids, attention_mask=mask, **arguments)
+        if shared:
             cache.check_read()
     sequences: Tensor = output if isinstance(output, Tensor) else output.sequences
-    token_ids = _new_tokens(sequences[:, input_ids.shape[1] :], config)
+    token_ids = new_tokens(sequences[:, input_ids.shape[1] :], config, generation_kwargs)
     texts = None if tokenizer is None else tokenizer.batch_decode(token_ids, skip_special_tokens=True)
     returned = len(token_ids) // len(ids)
     groups = [slice(begin, begin + returned) for begin in range(0, len(token_ids), returned)]
@@ -254,7 +245,7 @@ def prompt_ids(
         else:
             ids = _chat_ids(tokenizer, prompt, index)
     try:
-        found = [int(token) for token in ids]
+        found = [index_of(token) for token in ids]
     except (TypeError, ValueError):
         raise InvalidBatchError(
             f"prompt {index} must be a text, a list of token ids or a list of chat messages, got {str(prompt)[:60]!r}."
@@ -310,63 +301,12 @@ def _enabled(model: Any, wanted: bool) -> "Iterator[None]":
             disable(model)
 
 
-def _generation_config(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase | None",
-    given: "GenerationConfig | None",
-    options: dict[str, Any],
-) -> "GenerationConfig":
-    """The generation config of the call, with the options that are fields of it."""
-    for name, advice in _REFUSED.items():
-        if options.get(name) is not None:
-            raise ValueError(f"{name} cannot be given to stemma.generate: {advice}.")
-    config = deepcopy(model.generation_config if given is None else given)
-    for name, value in options.items():
-        if hasattr(config, name):
-            setattr(config, name, value)
-    if not (model.generation_config if config.do_sample is None else config).do_sample:
-        for name, idle in _OF_SAMPLING.items():
-            if options.get(name) not in (None, *idle):
-                raise ValueError(f"{name}={options[name]} is of sampling; set do_sample=True, or leave it out.")
-    if config.cache_implementation not in (None, "dynamic", "hybrid"):
-        raise ValueError(
-            f"cache_implementation={config.cache_implementation!r} and shared prefixes are two caches; leave it out."
-        )
-    if config.use_cache is False:
-        raise ValueError("use_cache=False leaves nothing to share; leave it out.")
-    if config.output_attentions:
-        raise UnsupportedModelError("output_attentions asks for attention weights, which shared attention never forms.")
-    if config.eos_token_id is None and tokenizer is not None:
-        config.eos_token_id = tokenizer.eos_token_id
-    if config.pad_token_id is None and tokenizer is not None:
-        config.pad_token_id = tokenizer.pad_token_id
-    if config.pad_token_id is None:
-        ends = config.eos_token_id
-        config.pad_token_id = ends[0] if isinstance(ends, list) else ends or 0
-    return config
-
-
 def _padded(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Rows padded on the left, and the mask of their tokens, both ``(B, L)`` int64."""
     longest = max(map(len, rows))
     ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=device)
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
     return ids, mask
-
-
-def _new_tokens(new: Tensor, config: "GenerationConfig") -> list[list[int]]:
-    """Rows up to their first end-of-sequence token, without the padding of rows that ended otherwise."""
-    ends = config.eos_token_id
-    ends = set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
-    found = []
-    for row in new.tolist():
-        end = next((place + 1 for place, token in enumerate(row) if token in ends), None)
-        if end is None:
-            end = len(row)
-            while config.pad_token_id not in ends and end and row[end - 1] == config.pad_token_id:
-                end -= 1
-        found.append(row[:end])
-    return found
 
 
 def run(options: "Options") -> dict[str, Any]:
