@@ -365,14 +365,11 @@ def _is_ids(prompt: "Prompt") -> bool:
 
 def _tokenizer(reference: str, needed: bool) -> Any:
     """The model's tokenizer; None where there is none and none is needed."""
-    from transformers import AutoTokenizer
+    from stemma.models.loading import load_tokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(reference)
-    except Exception as error:  # transformers raises many kinds here
-        if not needed:
-            return None
-        first = str(error).strip().partition("\n")[0]
-        raise InvalidDataError(
-            f"'{reference}' has no tokenizer that can be loaded ({first}); give prompts as prompt_ids."
-        ) from error
+        return load_tokenizer(reference)
+    except UnsupportedModelError:
+        if needed:
+            raise
+        return None

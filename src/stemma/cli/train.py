@@ -54,7 +54,8 @@ class Config(GRPOConfig):
     model: str | None = None
     """Model folder or hub id; None: a small Llama, made here. Needs --dataset."""
     dataset: Path | None = None
-    """JSONL file: GSM8K's question and answer, or prompt and answer. Needs --model."""
+    """JSONL file: GSM8K's question and answer, or prompt and answer. The reward is 1 if a completion's first line that
+    begins with #### or A: gives the answer's number; other rewards: in Python. Needs --model."""
     output_dir: Path = Path("runs/train")
     """Run folder; must not exist yet, unless --resume is given."""
     resume: bool = False
