@@ -123,7 +123,8 @@ def test_failures_are_one_message(folder, tmp_path, capsys):
     assert "--prefix is a text" in capsys.readouterr().err
     assert main(["generate", str(folder), "--prompts", str(messages)]) == 1
     assert "prompt 0 is chat messages, and the tokenizer has no chat template" in capsys.readouterr().err
-    tiny_model("qwen2", vocab_size=258, seed=4).save_pretrained(tmp_path / "bare")  # for which transformers makes up an empty tokenizer
+    # transformers makes up an empty tokenizer for this type
+    tiny_model("qwen2", vocab_size=258, seed=4).save_pretrained(tmp_path / "bare")
     for records, status in (({"prompt": "a"}, 1), ({"prompt_ids": [5]}, 0)):
         some = write(tmp_path / "some.jsonl", records)
         assert main(["generate", str(tmp_path / "bare"), "--prompts", str(some), "--max-new-tokens", "1"]) == status
