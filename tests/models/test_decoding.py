@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import stemma
-from stemma.models import decoding
+from stemma.models import decoding, verify
 from stemma.models.rollout import generate_groups
 from stemma.models.tiny import tiny_model
 
@@ -88,8 +88,8 @@ def test_sampled_and_trained_log_probabilities_agree_to_rounding(dtype):
 
 def test_a_model_is_tested_once_and_comes_back_as_it_was(caches, monkeypatch):
     model, tests = make("llama").float(), []
-    enable = decoding.enable
-    monkeypatch.setattr(decoding, "enable", lambda *args, **options: tests.append(options) or enable(*args, **options))
+    enable = verify.enable
+    monkeypatch.setattr(verify, "enable", lambda *args, **options: tests.append(options) or enable(*args, **options))
     for _ in range(2):
         generate_groups(model, PROMPTS, **CALL)
         assert model.config._attn_implementation == "sdpa"

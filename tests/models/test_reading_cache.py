@@ -105,3 +105,14 @@ def test_new_tokens_can_be_taken_back_and_nobody_else_asks_to(make):
     cache.crop(-1)
     assert cache.get_seq_length() == 3 >= seen
     assert not cache.is_croppable  # as transformers would begin with activate_past_recording
+
+
+@CACHES
+def test_gradient_checkpointing_which_drops_caches_is_refused(make):
+    model = decoder()
+    model.gradient_checkpointing_enable()
+    make(model.eval(), [[5, 6, 7], [5]])
+    with pytest.raises(stemma.UnsupportedModelError, match="gradient checkpointing is on in train mode"):
+        make(model.train(), [[5, 6, 7], [5]])
+    model.gradient_checkpointing_disable()
+    make(model, [[5, 6, 7], [5]])

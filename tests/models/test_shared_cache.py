@@ -251,16 +251,6 @@ def test_a_model_that_is_not_enabled_is_refused():
         SharedPrefixCache.of(model, [[5, 6, 7]])
 
 
-def test_gradient_checkpointing_which_drops_caches_is_refused():
-    model = decoder()
-    model.gradient_checkpointing_enable()
-    SharedPrefixCache.of(model.eval(), [[5, 6, 7], [5]])
-    with pytest.raises(stemma.UnsupportedModelError, match="gradient checkpointing is on in train mode"):
-        SharedPrefixCache.of(model.train(), [[5, 6, 7], [5]])
-    model.gradient_checkpointing_disable()
-    SharedPrefixCache.of(model, [[5, 6, 7], [5]])
-
-
 def test_a_cache_made_in_inference_mode_is_filled_outside_it():
     model, ids, mask = cached("llama, grouped queries"), torch.tensor([[29]] * 2), torch.ones(2, 28, dtype=torch.int64)
     expected = step(model, SharedPrefixCache.of(model, [list(range(2, 30))] * 2, room=1), ids, mask)

@@ -1,5 +1,6 @@
 """Options of `stemma.generate`: merged as transformers merges them, and refused before anything is encoded."""
 
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import pytest
@@ -8,6 +9,7 @@ from transformers import GenerationConfig, StoppingCriteria
 
 import stemma
 from decoders import SIZES, cached
+from stemma.models.adapter import is_enabled
 from stemma.models.shared_cache import SharedPrefixCache
 from stemma.models.tiny import byte_tokenizer, tiny_model
 from stemma.serve.hydragen import Config, generate
@@ -216,3 +218,16 @@ def test_never_checks_no_lengths():
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     model = tiny_model(**SIZES, rope_parameters=rope)
     assert len(generate(model, None, [row], max_new_tokens=4, sharing=NEVER, eos_token_id=[]).token_ids[0][0]) == 4
+
+
+def test_threads_may_share_a_model_that_is_not_enabled():
+    model = tiny_model("llama", vocab_size=64, dtype=torch.float64)
+    prompts = [[[*range(20), start + row] for row in range(3)] for start in range(8)]
+
+    def tokens(rows):
+        return stemma.generate(model, None, rows, max_new_tokens=4, sharing=ALWAYS).token_ids
+
+    expected = [tokens(rows) for rows in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(tokens, prompts)) == expected
+    assert not is_enabled(model)

@@ -21,7 +21,7 @@ from stemma.models.adapter import base_model
 from stemma.models.compression_report import CompressionReport, LayerReport
 from stemma.models.forward import check_batch, check_model
 from stemma.models.layer_attention import place
-from stemma.models.reading_cache import RowsCache
+from stemma.models.reading_cache import RowsCache, refuse_checkpointing
 from stemma.models.shared_prefix import check_lengths
 from stemma.prefix.radix import as_ids
 from stemma.prefix.tree import PrefixTree
@@ -102,9 +102,11 @@ class CompressedCache(RowsCache):
         Raises:
             InvalidBatchError: no row or an empty one, ids outside the vocabulary, or more tokens than the model has
                 positions.
-            UnsupportedModelError: a layer of the model has no keys of its own that could be dropped; says which.
+            UnsupportedModelError: a layer of the model has no keys of its own that could be dropped; says which. Or
+                gradient checkpointing would drop the cache.
         """
         check_model(model)
+        refuse_checkpointing(model)
         if not rows:
             raise InvalidBatchError("there are no rows to compress; give at least one list of token ids.")
         ids = [as_ids(row, f"row {index}") for index, row in enumerate(rows)]

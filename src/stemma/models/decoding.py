@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -17,10 +17,11 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from stemma.errors import UnsupportedModelError
-from stemma.models.adapter import base_model, disable, enable, is_enabled
+from stemma.models.adapter import base_model, is_enabled
 from stemma.models.forward import dynamic_rope_limit
 from stemma.models.sampling import StopCondition, TokenSampler, sampling_dtype
 from stemma.models.shared_cache import SharedPrefixCache
+from stemma.models.verify import while_enabled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -158,7 +159,7 @@ class Decoder:
 
 
 _exact: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
-"""Whether a model that is not enabled passes the self-test of `enable`."""
+"""Whether a model passes the self-test of `enable`."""
 
 _sees_through: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 """Whether padding changes nothing in a model's rows; see `_Forward.sees_through_padding`."""
@@ -174,19 +175,17 @@ def shared_prefixes(model: PreTrainedModel, longest: int) -> Iterator[bool]:
     inner = base_model(model)
     limit = dynamic_rope_limit(model)
     suitable = next(model.parameters()).device.type == "cpu" and (limit is None or longest <= limit)
-    change = suitable and not is_enabled(model) and _exact.get(inner, True)
-    if change:
-        try:
-            enable(model, self_test=inner not in _exact)
-        except UnsupportedModelError:
-            change = False
-        _exact[inner] = change
-    suitable &= is_enabled(model)
-    try:
-        yield suitable
-    finally:
-        if change:
-            disable(model)
+    with ExitStack() as stack:
+        if suitable and (is_enabled(model) or _exact.get(inner, True)):
+            untested = not is_enabled(model) and inner not in _exact
+            try:
+                stack.enter_context(while_enabled(model, self_test=untested))
+            except UnsupportedModelError:
+                _exact[inner] = False
+            else:
+                if untested:
+                    _exact[inner] = True
+        yield suitable and is_enabled(model)
 
 
 class _Forward:

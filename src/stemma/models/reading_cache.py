@@ -20,7 +20,7 @@ from stemma.errors import InvalidBatchError, UnsupportedModelError
 from stemma.models.adapter import base_model
 from stemma.models.masks import mask_is_for
 
-__all__ = ["RowsCache"]
+__all__ = ["RowsCache", "refuse_checkpointing"]
 
 
 class _Layer(CacheLayerMixin):
@@ -56,6 +56,19 @@ class _Layer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return -1
+
+
+def refuse_checkpointing(model: nn.Module) -> None:
+    """Refuse a model whose layers would not be handed a cache.
+
+    Raises:
+        UnsupportedModelError: gradient checkpointing is on in train mode.
+    """
+    if any(module.training and getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        raise UnsupportedModelError(
+            "gradient checkpointing is on in train mode, where transformers' layers drop their cache; call "
+            "model.eval() to decode, or model.gradient_checkpointing_disable()."
+        )
 
 
 class RowsCache(Cache):

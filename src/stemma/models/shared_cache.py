@@ -19,7 +19,7 @@ from stemma.cache.plan import CALL_BYTES, PrefixNodes, SharingPlan, plan_sharing
 from stemma.cache.states import PrefixStates, even_heads
 from stemma.errors import InvalidBatchError, UnsupportedModelError
 from stemma.models.forward import check_batch, check_model
-from stemma.models.reading_cache import RowsCache
+from stemma.models.reading_cache import RowsCache, refuse_checkpointing
 from stemma.models.shared_prefix import SharedPrefix, check_lengths, encode_tree
 from stemma.prefix.radix import as_ids
 from stemma.prefix.tree import PrefixTree
@@ -119,11 +119,7 @@ class SharedPrefixCache(RowsCache):
                 checkpointing would drop the cache.
         """
         check_model(model)
-        if any(module.training and getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-            raise UnsupportedModelError(
-                "gradient checkpointing is on in train mode, where transformers' layers drop their cache; call "
-                "model.eval() to decode, or model.gradient_checkpointing_disable()."
-            )
+        refuse_checkpointing(model)
         if not rows:
             raise InvalidBatchError("there are no rows to decode; give at least one list of token ids.")
         ids = [as_ids(row, f"row {index}") for index, row in enumerate(rows)]

@@ -100,8 +100,11 @@ _users: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
 @contextmanager
-def while_enabled(model: Any) -> Iterator[None]:
+def while_enabled(model: Any, *, self_test: bool = True) -> Iterator[None]:
     """The model enabled for the length of a block, and then as it was; blocks of several threads may overlap.
+
+    Args:
+        model, self_test: as of :func:`stemma.enable`.
 
     Raises:
         UnsupportedModelError: as :func:`stemma.enable`.
@@ -110,7 +113,7 @@ def while_enabled(model: Any) -> Iterator[None]:
     with _lock:
         counted = inner in _users or not is_enabled(model)
         if not is_enabled(model):
-            enable(model)
+            enable(model, self_test=self_test)
         if counted:
             _users[inner] = _users.get(inner, 0) + 1
     try:

@@ -23,7 +23,7 @@ Relations: :mod:`stemma.attention.tree` is the same decomposition with gradients
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from operator import index as index_of
 from typing import TYPE_CHECKING, Any, Literal
@@ -32,14 +32,13 @@ import torch
 from torch import Tensor
 
 from stemma.errors import InvalidBatchError
-from stemma.models.adapter import base_model, disable, enable, is_enabled
+from stemma.models.adapter import base_model
 from stemma.models.shared_cache import SharedPrefixCache, SharingReport
 from stemma.models.shared_prefix import SharedPrefix, check_lengths
+from stemma.models.verify import while_enabled
 from stemma.serve._hydragen_options import merge, new_tokens
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from stemma.train.recipe import Options
@@ -187,7 +186,7 @@ def generate(
     device = inner.get_input_embeddings().weight.device
     input_ids, mask = _padded(whole, config.pad_token_id, device)
     report = None
-    with _enabled(model, shared):
+    with while_enabled(model) if shared else nullcontext():
         if shared:
             cache = SharedPrefixCache.of(
                 model,
@@ -286,19 +285,6 @@ def _listed(prompts: Any) -> list[Any]:
     if not listed:
         raise InvalidBatchError("there are no prompts; give at least one.")
     return listed
-
-
-@contextmanager
-def _enabled(model: Any, wanted: bool) -> "Iterator[None]":
-    """The model enabled for the length of a call."""
-    change = wanted and not is_enabled(model)
-    if change:
-        enable(model)
-    try:
-        yield
-    finally:
-        if change:
-            disable(model)
 
 
 def _padded(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
