@@ -7,7 +7,8 @@ INTRODUCTION = (
     """Values are means over seeds with their standard error; a claim is tested on pairs of runs with one seed. "yes"
     means above zero by two standard errors, "in the mean" above zero, p is that of an exact sign-flip test, which
     cannot be lower than 1/8 with three seeds. Seconds were measured on a machine that did other work too; counts of
-    tokens, operations and bytes do not depend on it.""",
+    tokens, operations and bytes do not depend on it. The commit is that of the report: finished runs are kept, and
+    some were made by earlier commits with the same settings.""",
 )
 
 NOTES: dict[str, tuple[str, ...]] = {
@@ -91,7 +92,7 @@ NOTES: dict[str, tuple[str, ...]] = {
     ),
     "hydragen": (
         """Below a prefix of 4096 tokens, 32 rows decode 4 times as fast as with repeated keys and values in place, and
-        29 times as fast as with transformers' default cache, which is copied for every token; the cache is 31 times as
+        about 30 times as fast as with transformers' default cache, which is copied for every token; the cache is 31 times as
         small. That a longer prefix costs next to nothing does not show. Sharing saves reading keys, not multiplying
         with them, and a CPU core is bound by the products; [generation](generation.md) has what they alone would
         allow.""",

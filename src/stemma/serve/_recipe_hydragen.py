@@ -160,7 +160,7 @@ class _Report(Report):
             axis.set_xticks(self.lengths, map(str, self.lengths))
             axis.minorticks_off()
             axis.grid(alpha=0.25)
-        axes[0].legend(fontsize=8, loc="lower left")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
         figure.suptitle(self.title, fontsize=10)
         temporary = path.with_name(f".{path.stem}.tmp.png")
         figure.savefig(temporary, dpi=90, metadata={"Software": None})
