@@ -272,7 +272,7 @@ def test_a_data_file_that_cannot_be_used_is_named_with_its_line(
     flags = [*checkpoint[:2], "--dataset", str(bad)]
     for line, message in (
         ('{"question": "How many?", "answer": "four"}', "line 1: the answer has no final line"),
-        ('{"prompt": "How many?"}', "prompt 1: no answer to compare with"),
+        ('{"prompt": "How many?"}', "line 1: no answer to compare with"),
         ('{"prompt": "How many?", "answer": "4"}', "32 are held out"),
     ):
         bad.write_text(line + "\n")
