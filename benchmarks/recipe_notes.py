@@ -93,9 +93,9 @@ NOTES: dict[str, tuple[str, ...]] = {
     "hydragen": (
         """Below a prefix of 4096 tokens, 32 rows decode 4 times as fast as with repeated keys and values in place, and
         about 30 times as fast as with transformers' default cache, which is copied for every token; the cache is 31
-        times as small. That a longer prefix costs next to nothing does not show. Sharing saves reading keys, not multiplying
-        with them, and a CPU core is bound by the products; [generation](generation.md) has what they alone would
-        allow.""",
+        times as small. That a longer prefix costs next to nothing does not show. Sharing saves reading keys, not
+        multiplying with them, and a CPU core is bound by the products; [generation](generation.md) has what they alone
+        would allow.""",
     ),
     "ntk-attention": (
         """The approximation does what the theory says: its error falls with the length of the prefix and with the
