@@ -72,6 +72,7 @@ def main(folder: Path, family: str, per_device: int, options: str) -> None:
         final = {name: value.tolist() for name, value in weights.items()}
         result = {"rows": rows, "again": again, "weights": final, "processes": accelerator.num_processes}
         (folder / "result.json").write_text(json.dumps(result))
+    accelerator.end_training()  # a process that leaves its group open may abort on exit
 
 
 if __name__ == "__main__":

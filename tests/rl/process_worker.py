@@ -72,6 +72,7 @@ def main(output: str, per_device: int, options: str) -> None:
     if accelerator.is_main_process:
         weights = {name: value.tolist() for name, value in model.state_dict().items()}
         Path(output).write_text(json.dumps({"rows": rows, "weights": weights, "processes": len(state["batches"])}))
+    accelerator.end_training()  # a process that leaves its group open may abort on exit
 
 
 if __name__ == "__main__":
