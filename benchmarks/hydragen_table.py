@@ -12,9 +12,9 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from benchmarks.rows import RESULTS, Row, find, load, write_atomically  # noqa: E402
+from benchmarks.pages import write_block  # noqa: E402
+from benchmarks.rows import RESULTS, Row, find, load  # noqa: E402
 
-BEGIN, END = "<!-- hydragen:begin -->", "<!-- hydragen:end -->"
 PAGE = ROOT / "docs" / "generation.md"
 BASELINES = {
     "hf_default": "default, expanded",
@@ -99,21 +99,5 @@ def setting(rows: list[Row]) -> str:
     )
 
 
-def page(text: str, rows: list[Row]) -> str:
-    """The page with its block made anew."""
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{block(rows)}\n{END}{rest.split(END)[1]}"
-
-
-def main() -> int:
-    """Write the page, or say that it is not what the rows say."""
-    rows, text = load(RESULTS / "hydragen.jsonl"), PAGE.read_text(encoding="utf-8")
-    made = page(text, rows)
-    if "--check" in sys.argv[1:]:
-        return int(made != text)
-    write_atomically(PAGE, made)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_block(PAGE, "hydragen", block(load(RESULTS / "hydragen.jsonl"))))

@@ -13,10 +13,10 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from benchmarks.hydragen_table import setting, value  # noqa: E402
-from benchmarks.rows import RESULTS, Row, find, load, write_atomically  # noqa: E402
+from benchmarks.pages import write_block  # noqa: E402
+from benchmarks.rows import RESULTS, Row, find, load  # noqa: E402
 from benchmarks.tables import prose, table, times  # noqa: E402
 
-BEGIN, END = "<!-- rollout:begin -->", "<!-- rollout:end -->"
 PAGE = ROOT / "docs" / "rollouts.md"
 MODELS = {"R1": "0.2 million", "R2": "13 million"}
 
@@ -49,21 +49,5 @@ def block(rows: list[Row]) -> str:
     return f"{table(head, body)}\n\n{note}"
 
 
-def page(text: str, rows: list[Row]) -> str:
-    """The page with its block made anew."""
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{block(rows)}\n{END}{rest.split(END)[1]}"
-
-
-def main() -> int:
-    """Write the page, or say that it is not what the rows say."""
-    rows, text = load(RESULTS / "rollout.jsonl"), PAGE.read_text(encoding="utf-8")
-    made = page(text, rows)
-    if "--check" in sys.argv[1:]:
-        return int(made != text)
-    write_atomically(PAGE, made)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_block(PAGE, "rollout", block(load(RESULTS / "rollout.jsonl"))))

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import textwrap
 from pathlib import Path
@@ -17,9 +16,9 @@ if str(ROOT) not in sys.path:
 
 from benchmarks import figures, workloads  # noqa: E402
 from benchmarks.baselines import METHODS  # noqa: E402
+from benchmarks.pages import with_block  # noqa: E402
 from benchmarks.rows import RESULTS, SECTIONS, Row, find, load, write_atomically  # noqa: E402
 
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 README, PAGE, FIGURES = ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "figures"
 TIMED = ("W1", "W2", "W3", "W4", "W5", "W6", "GSM8K", "U1", "U2", "U3")
 SHOWN = ("hf_packed", "dense_mask_tree", "prefix_grouper", "prefix_grouper_trimmed", "stemma")
@@ -356,17 +355,6 @@ def threads_section(results: Results) -> list[str]:
         "Speed-up in wall-clock time over Hugging Face padded.",
         table(["workload", "bound", "Stemma", "prefix_grouper"], body),
     ]
-
-
-def with_block(text: str, block: str) -> str:
-    """`text` with what stands between the markers replaced.
-
-    Raises:
-        ValueError: the markers are missing.
-    """
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"{README.name} must hold the lines {BEGIN} and {END}; the results table goes between them")
-    return re.sub(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: f"{BEGIN}\n{block}\n{END}", text, flags=re.DOTALL)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -10,7 +10,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import baselines, long_tree, measure, rows, tables, workloads  # noqa: E402
+from benchmarks import baselines, long_tree, measure, pages, rows, tables, workloads  # noqa: E402
 
 SIZES = {
     "hidden_size": 32,
@@ -139,7 +139,7 @@ def test_rows_of_a_measurement_are_replaced_and_carry_no_place(tmp_path):
 def test_tables_are_made_from_rows_and_staleness_is_noticed(tmp_path, monkeypatch, capsys):
     filled(tmp_path)
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
+    readme.write_text("before\n<!-- results:begin -->\nold\n<!-- results:end -->\nafter\n")
     for name, value in {"ROOT": tmp_path, "README": readme, "PAGE": tmp_path / "page.md", "RESULTS": tmp_path}.items():
         monkeypatch.setattr(tables, name, value)
     monkeypatch.setattr(tables, "FIGURES", tmp_path / "figures")
@@ -161,11 +161,12 @@ def test_tables_are_made_from_rows_and_staleness_is_noticed(tmp_path, monkeypatc
 
 def test_missing_markers_are_named():
     with pytest.raises(ValueError, match="results:begin"):
-        tables.with_block("no markers", "block")
+        pages.with_block("no markers", "block")
 
 
 def test_the_page_on_generation_says_what_the_rows_say():
     from benchmarks import hydragen_table
 
     text = hydragen_table.PAGE.read_text(encoding="utf-8")
-    assert hydragen_table.page(text, rows.load(rows.RESULTS / "hydragen.jsonl")) == text
+    block = hydragen_table.block(rows.load(rows.RESULTS / "hydragen.jsonl"))
+    assert pages.with_block(text, block, "hydragen") == text

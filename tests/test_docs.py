@@ -135,10 +135,10 @@ def test_every_page_is_in_the_navigation() -> None:
 
 
 def test_the_page_on_rollouts_says_what_the_rows_say() -> None:
-    from benchmarks import rollout_table, rows
+    from benchmarks import pages, rollout_table, rows
 
     text = rollout_table.PAGE.read_text(encoding="utf-8")
-    assert rollout_table.page(text, rows.load(rows.RESULTS / "rollout.jsonl")) == text
+    assert pages.with_block(text, rollout_table.block(rows.load(rows.RESULTS / "rollout.jsonl")), "rollout") == text
 
 
 def test_every_figure_is_on_a_page() -> None:
