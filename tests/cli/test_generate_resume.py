@@ -9,17 +9,8 @@ import pytest
 
 import stemma
 from stemma.cli.main import main
-from stemma.models.tiny import byte_tokenizer, tiny_model
 
 BATCHES = [["--batch-size=2"], ["--batch-size=2", "--temperature=1", "--num-return-sequences=2", "--top-k=50"]]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    tiny_model(seed=4).save_pretrained(path)
-    byte_tokenizer().save_pretrained(path)
-    return path
 
 
 @pytest.fixture
