@@ -15,14 +15,6 @@ from stemma.errors import InvalidDataError
 from stemma.models.tiny import byte_tokenizer, tiny_model
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    tiny_model(seed=4).save_pretrained(path)
-    byte_tokenizer().save_pretrained(path)
-    return path
-
-
 def write(path, *records):
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return path
@@ -142,7 +134,7 @@ def test_a_full_standard_output_is_one_message(folder, tmp_path):
     with open("/dev/full", "w") as full:
         done = subprocess.run([*command, "--max-new-tokens=2"], stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1
-    assert "cannot write to standard output: No space left on device" in done.stderr
+    assert "stemma: cannot write: No space left on device" in done.stderr
     assert "Traceback" not in done.stderr
 
 

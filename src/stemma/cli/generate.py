@@ -26,8 +26,9 @@ import tyro
 from stemma.errors import InvalidDataError, UnsupportedModelError
 
 if TYPE_CHECKING:
+    from stemma.models.shared_cache import SharingReport
     from stemma.models.shared_prefix import SharedPrefix
-    from stemma.serve.hydragen import Prompt, Report
+    from stemma.serve.hydragen import Prompt
 
 __all__ = ["Config", "main", "read_prompts"]
 
@@ -131,7 +132,7 @@ def main(config: Config) -> dict[str, Any]:
         while job is not None and done < len(batches):
             new, found = job.lines(done, batches[done])
             if output is None:
-                _print("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in new))
+                print("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in new), end="", flush=True)
             else:
                 output.append(new)
             lines += new
@@ -192,7 +193,7 @@ class _Job:
         if config.save_prefix is not None and self.prefix is not None:
             self.prefix.save_pretrained(config.save_prefix)
 
-    def lines(self, number: int, batch: range) -> "tuple[list[dict[str, Any]], Report | None]":
+    def lines(self, number: int, batch: range) -> "tuple[list[dict[str, Any]], SharingReport | None]":
         """What a batch of prompts gives. Its samples depend on the seed and its number, not on earlier batches."""
         import torch
 
@@ -225,7 +226,7 @@ class _Job:
         ]
         return lines, result.report
 
-    def saved(self, report: "Report | None") -> dict[str, Any] | None:
+    def saved(self, report: "SharingReport | None") -> dict[str, Any] | None:
         """What the prefix saved against encoding it in each row."""
         if self.prefix is None or report is None:
             return None
@@ -345,18 +346,6 @@ def _interrupted(config: Config, number: int, prompts: int) -> dict[str, Any]:
         f"stopped by {signal.Signals(number).name} before all {prompts} prompts. Go on with: {command}", file=sys.stderr
     )
     return {"status": "interrupted", "resume_with": command, "exit_status": 128 + number}
-
-
-def _print(text: str) -> None:
-    try:
-        print(text, end="", flush=True)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the rest would be tried again at exit
-        raise InvalidDataError(
-            f"cannot write to standard output: {error.strerror}; make room, or choose a file with --output"
-        ) from error
 
 
 def _is_ids(prompt: "Prompt") -> bool:

@@ -135,7 +135,7 @@ def _implementation(model: PreTrainedModel) -> str:
 def enable(model: Any, *, verify: bool = False, self_test: bool = True) -> Any:
     """Let a Hugging Face decoder run over prefix trees; everything else about the model stays as it is.
 
-    Call this before threads share the model: calls that enable it for their own length disable it under each other.
+    Call this before threads share the model: switching attention under another thread's forward is not safe.
 
     Args:
         model: a causal language model of transformers, plain or wrapped (PEFT, DDP, FSDP). Changed in place: its

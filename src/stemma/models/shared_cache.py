@@ -8,7 +8,7 @@ How a layer finds it says :mod:`stemma.models.reading_cache`; the answer comes f
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ __all__ = ["SharedPrefixCache", "SharingReport"]
 
 @dataclass(frozen=True, kw_only=True)
 class SharingReport:
-    """What a cache shares."""
+    """What a cache shares before it has new tokens."""
 
     prompts: int
     """Prompts of the call."""
@@ -39,6 +39,8 @@ class SharingReport:
     """Cached prompt tokens of all rows, shared ones counted each time."""
     encoded_tokens: int
     """Tokens that went through the model for them."""
+    prefix_tokens: int
+    """Tokens of a prefix that was encoded before, with which each row begins."""
     rectangles: int
     """Shared runs, each read once for all rows below it."""
     shared_tokens: int
@@ -48,21 +50,30 @@ class SharingReport:
     shared_bytes: int
     """Keys and values of the shared runs."""
     own_bytes: int
-    """Buffers of the rows, with room for new tokens."""
+    """Prompts in the rows' own buffers, with padding and without room for new tokens."""
     dense_bytes: int
-    """Keys and values of the same prompt tokens in a cache that repeats them for each row."""
+    """Keys and values of the same prompts repeated for each row, with padding and without room for new tokens."""
+
+    def __add__(self, other: "SharingReport") -> "SharingReport":
+        """Of two calls, one after the other: what was counted adds up; lengths and bytes are those of the larger."""
+        a, b = asdict(self), asdict(other)
+        larger = {"prefix_tokens", "tail_tokens", "shared_bytes", "own_bytes", "dense_bytes"}
+        return SharingReport(**{name: max(a[name], b[name]) if name in larger else a[name] + b[name] for name in a})
 
     def __str__(self) -> str:
         mib = 2**20
+        before = f"; {self.rows * self.prefix_tokens} are the prefix of {self.prefix_tokens}, encoded before"
         what = (
             f"{self.rectangles} shared run{'s' if self.rectangles != 1 else ''} of {self.shared_tokens} tokens, each "
             f"read once"
             if self.rectangles
-            else "nothing shared: every row keeps its prompt, as reading copies costs less than a further kernel call"
+            else "nothing shared while decoding: every row keeps its prompt, as reading copies costs less than a "
+            "further kernel call"
         )
         return (
             f"{self.prompts} prompts, {self.rows} rows, {self.row_tokens} prompt tokens of which {self.encoded_tokens} "
-            f"were encoded\n{what}; up to {self.tail_tokens} prompt tokens in each row's own buffer\n"
+            f"were encoded{before if self.prefix_tokens else ''}\n"
+            f"{what}; up to {self.tail_tokens} prompt tokens in each row's own buffer\n"
             f"keys and values: {self.shared_bytes / mib:.1f} MiB shared, {self.own_bytes / mib:.1f} MiB own; repeated "
             f"prompts would take {self.dense_bytes / mib:.1f} MiB"
         )
@@ -86,6 +97,8 @@ class SharedPrefixCache(RowsCache):
         self.states, self.plan = states, plan
         self.prefilled_tokens = 0
         """Tokens that were encoded to make it."""
+        self.prefix_tokens = 0
+        """Tokens of the prefix below which it was made."""
 
     @classmethod
     @torch.inference_mode(False)  # what is made in it could not be written outside it
@@ -155,23 +168,24 @@ class SharedPrefixCache(RowsCache):
         token_bytes = 0 if sizes is None else 2 * sizes.key.element_size() * sizes.key.shape[1] * sizes.key.shape[3]
         plan = plan_sharing(nodes, token_bytes, call_bytes=call_bytes)
         cache = cls(model, PrefixStates(nodes, plan, place, packed, lent, room), plan)
-        cache.prefilled_tokens = 0 if tree is None else tree.unique_tokens
+        cache.prefilled_tokens, cache.prefix_tokens = 0 if tree is None else tree.unique_tokens, above
         return cache
 
     def report(self, prompts: int) -> SharingReport:
-        """What is shared by the rows of so many prompts."""
+        """What the rows of so many prompts share, before they have new tokens."""
         states = self.states
         return SharingReport(
             prompts=prompts,
             rows=states.num_rows,
             row_tokens=int(states.tokens.sum()),
             encoded_tokens=self.prefilled_tokens,
+            prefix_tokens=self.prefix_tokens,
             rectangles=states.num_runs,
             shared_tokens=states.shared_tokens,
             tail_tokens=states.tail,
             shared_bytes=states.prefix_bytes,
-            own_bytes=states.own_bytes,
-            dense_bytes=int(states.tokens.sum()) * states.token_bytes,
+            own_bytes=states.num_rows * states.tail * states.token_bytes,
+            dense_bytes=states.num_rows * int(states.tokens.max(initial=0)) * states.token_bytes,
         )
 
     def attend(

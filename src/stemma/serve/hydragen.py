@@ -24,7 +24,7 @@ Relations: :mod:`stemma.attention.tree` is the same decomposition with gradients
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from operator import index as index_of
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     from stemma.train.recipe import Options
 
-__all__ = ["Config", "Generations", "Report", "generate", "prompt_ids"]
+__all__ = ["Config", "Generations", "generate", "prompt_ids"]
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """A text, token ids, or the messages of a chat."""
@@ -70,39 +70,6 @@ class Config:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Report(SharingReport):
-    """What a call shared."""
-
-    prefix_tokens: int
-    """Tokens of ``prefix=``, with which each row begins and which were encoded before the call."""
-    own_bytes: int
-    """Prompts in the rows' own buffers, with padding and without room for new tokens."""
-    dense_bytes: int
-    """Keys and values of the same prompts repeated for each row, with padding and without room for new tokens."""
-
-    @classmethod
-    def of(cls, cache: SharedPrefixCache, prompts: int, prefix: SharedPrefix | None) -> "Report":
-        """The report on a cache before it has new tokens."""
-        found, states = asdict(cache.report(prompts)), cache.states
-        found["own_bytes"] = states.num_rows * states.tail * states.token_bytes
-        found["dense_bytes"] = states.num_rows * int(states.tokens.max(initial=0)) * states.token_bytes
-        return cls(**found, prefix_tokens=0 if prefix is None else prefix.length)
-
-    def __add__(self, other: "Report") -> "Report":
-        """Of two calls, one after the other: what was counted adds up; lengths and bytes are those of the larger."""
-        a, b = asdict(self), asdict(other)
-        larger = {"prefix_tokens", "tail_tokens", "shared_bytes", "own_bytes", "dense_bytes"}
-        return Report(**{name: max(a[name], b[name]) if name in larger else a[name] + b[name] for name in a})
-
-    def __str__(self) -> str:
-        first, decoding, held = super().__str__().split("\n")
-        if self.prefix_tokens:
-            first += f"; {self.rows * self.prefix_tokens} are the prefix of {self.prefix_tokens}, encoded before"
-        decoding = decoding.replace("nothing shared:", "nothing shared while decoding:")
-        return "\n".join([first, decoding, held])
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Generations:
     """What `generate` returns: for each of ``B`` prompts its ``G`` sequences."""
@@ -114,7 +81,7 @@ class Generations:
     output: Any
     """What transformers' `generate` returned: ``(B * G, length)`` whole rows, padded on both sides, or an object with
     ``return_dict_in_generate=True``."""
-    report: Report | None
+    report: SharingReport | None
     """What was shared; None with ``share="never"``."""
 
 
@@ -197,7 +164,7 @@ def generate(
                 min_shared=sharing.min_shared,
                 **({"call_bytes": 0} if sharing.share == "always" else {}),
             )
-            report = Report.of(cache, len(ids), prefix)
+            report = cache.report(len(ids))
             arguments["past_key_values"] = cache
         output = model.generate(input_ids=input_ids, attention_mask=mask, **arguments)
         if shared:
