@@ -16,7 +16,6 @@ have signed features; they answer by the formula, and a sum that is not positive
 """
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -32,19 +31,12 @@ __all__ = [
     "KernelSums",
     "answered_attention",
     "elu_features",
-    "in_own_precision",
     "kernel_answer",
     "kernel_sums",
     "random_features",
     "reference_answered_attention",
     "taylor_features",
 ]
-
-
-def in_own_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """Where autocast is on, switch it off: sums over many features, and log-sum-exps to merge by, are for float32."""
-    on = device.type != "meta" and torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 def elu_features(x: Tensor) -> Tensor:
@@ -261,8 +253,7 @@ class _AnsweredAttention(torch.autograd.Function):
         if bias is not None:  # no kernel answers a row without a visible key as it should: output 0, log-sum-exp -inf
             hidden = (bias == float("-inf")).all(dim=-1)
             shown = bias.masked_fill(hidden[..., None], 0.0)
-        with in_own_precision(query.device):
-            output, sums = block_forward(query, key, value, causal=causal, scale=scale, softcap=softcap, bias=shown)
+        output, sums = block_forward(query, key, value, causal=causal, scale=scale, softcap=softcap, bias=shown)
         if hidden is not None:
             sums = sums.masked_fill(hidden, float("-inf"))
         output, merged = merge(output.to(answer.dtype), sums.to(answer.dtype), answer, answer_sums)
@@ -278,19 +269,18 @@ class _AnsweredAttention(torch.autograd.Function):
         causal, scale, softcap = ctx.settings
         merged = merged.masked_fill(merged == float("-inf"), 0.0)  # rows that see nothing at all
         wide = torch.promote_types(value.dtype, torch.float32)
-        with in_own_precision(query.device):
-            grads = block_backward(
-                grad_output,
-                query,
-                key,
-                value,
-                output,
-                merged.to(wide),
-                causal=causal,
-                scale=scale,
-                softcap=softcap,
-                bias=bias,
-            )
+        grads = block_backward(
+            grad_output,
+            query,
+            key,
+            value,
+            output,
+            merged.to(wide),
+            causal=causal,
+            scale=scale,
+            softcap=softcap,
+            bias=bias,
+        )
         weight = torch.exp(answer_sums - merged)[..., None]
         grad = grad_output.to(answer.dtype)
         slope = (grad * (answer - output.to(answer.dtype))).sum(dim=-1)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["block_backward", "block_forward"]
+__all__ = ["block_backward", "block_forward", "in_own_precision"]
 
 _SLICE_ELEMENTS = 1 << 24
 """Scores that plain math holds at once (64 MiB in float32): its memory does not grow with the block."""
@@ -61,7 +61,7 @@ def block_forward(
         return torch._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, causal, attn_mask=bias, scale=scale
         )
-    with _without_autocast(query):
+    with in_own_precision(query.device):
         return _math_forward(query, key, value, causal, scale, softcap, bias)
 
 
@@ -94,14 +94,14 @@ def block_backward(
                 grad_output, query, key, value, output, log_sum_exp, 0.0, causal, attn_mask=bias, scale=scale
             )
         )
-    with _without_autocast(query):
+    with in_own_precision(query.device):
         return _math_backward(grad_output, query, key, value, output, log_sum_exp, causal, scale, softcap, bias)
 
 
-def _without_autocast(query: Tensor) -> AbstractContextManager[Any]:
-    """Plain math chooses its own precision."""
-    device = query.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+def in_own_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Where autocast is on, switch it off: sums over many features, and log-sum-exps to merge by, are for float32."""
+    on = device.type != "meta" and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 def _grouped(query: Tensor, key_heads: int) -> Tensor:

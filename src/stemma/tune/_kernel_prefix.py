@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stemma.attention.kernelized import FeatureMap, KernelSums, in_own_precision, kernel_answer, kernel_sums
+from stemma.attention.kernelized import FeatureMap, KernelSums, kernel_answer, kernel_sums
+from stemma.attention.kernels import in_own_precision
 
 __all__ = ["KernelPrefix"]
 
