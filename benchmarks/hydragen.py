@@ -40,8 +40,9 @@ from benchmarks.rows import RESULTS, Recorder  # noqa: E402
 from stemma.attention import decode  # noqa: E402
 from stemma.attention.kernels import block_forward  # noqa: E402
 from stemma.cache.plan import CALL_BYTES  # noqa: E402
-from stemma.models.adapter import disable, enable, is_enabled  # noqa: E402
-from stemma.models.shared_cache import SharedPrefixCache  # noqa: E402
+from stemma.decode.shared_cache import SharedPrefixCache  # noqa: E402
+from stemma.models.adapter import is_enabled  # noqa: E402
+from stemma.scoring.enable import disable, enable  # noqa: E402
 
 VOCAB_SIZE = 2048
 CALLS = {"stemma": CALL_BYTES, "stemma_always": 0, "view": 0, "stemma_dense": 1 << 60}

@@ -18,7 +18,7 @@ if str(ROOT) not in sys.path:
 from benchmarks.rows import RESULTS, write_atomically  # noqa: E402
 from benchmarks.tables import prose  # noqa: E402
 from stemma.cli.methods import ROOMS, Method, measured, methods, outcome  # noqa: E402
-from stemma.train.recipe_tables import claims_table  # noqa: E402
+from stemma.recipes._tables import claims_table  # noqa: E402
 
 PAGE = ROOT / "docs" / "methods.md"
 INTRODUCTION = (

@@ -26,16 +26,17 @@ from benchmarks.recipe_notes import INTRODUCTION, NOTES  # noqa: E402
 from benchmarks.rows import RESULTS, Recorder, Row, load, write_atomically  # noqa: E402
 from benchmarks.tables import prose  # noqa: E402
 from stemma.cli.methods import ROOMS  # noqa: E402
+from stemma.cli.methods import methods as methods_by_name  # noqa: E402
 from stemma.cli.run import recipes  # noqa: E402
-from stemma.train.recipe import Options  # noqa: E402
-from stemma.train.recipe_tables import tables  # noqa: E402
+from stemma.recipes._runs import Options  # noqa: E402
+from stemma.recipes._tables import tables  # noqa: E402
 
 PAGE, FIGURES = ROOT / "docs" / "recipes.md", ROOT / "docs" / "figures"
 
 
 def room_of(method: str) -> str:
     """The room of a method, such as `rl`."""
-    return recipes()[method][0].split(".")[1]
+    return methods_by_name()[method].room
 
 
 def rows_of(report: dict[str, Any], common: dict[str, Any]) -> list[Row]:

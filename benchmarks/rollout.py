@@ -30,8 +30,8 @@ import torch  # noqa: E402
 
 from benchmarks import measure  # noqa: E402
 from benchmarks.rows import RESULTS, Recorder  # noqa: E402
-from stemma.models import decoding  # noqa: E402
-from stemma.models.rollout import LocalGenerator  # noqa: E402
+from stemma.decode import loop as decoding  # noqa: E402
+from stemma.decode.rollout import LocalGenerator  # noqa: E402
 
 BASELINE = "hf_generate"
 

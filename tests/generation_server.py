@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM
 
-from stemma.models.rollout import generate_groups
+from stemma.decode.rollout import generate_groups
 
 
 class GenerationServer:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from stemma.data import diallock
-from stemma.rl._shared import RolloutBatch
+from stemma.rl.engine.batch import RolloutBatch
 from stemma.rl.grpo import Trainer
 
 

@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 
 from stemma.cli._flags import _helps
-from stemma.cli.methods import ROOMS, methods
+from stemma.cli.methods import ROOMS, method_files, method_name, methods, recipe_files
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted(path for room in ROOMS for path in (ROOT / "src" / "stemma" / room).glob("[!_]*.py"))
+PACKAGE = ROOT / "src" / "stemma"
+FILES = sorted(path for room in ROOMS for path in method_files(PACKAGE / room))
+SHARED = {"rl/engine"}
+"""What stands in a room of methods and is none: pieces that its methods share."""
 
 
 def parts(path: Path) -> tuple[str, dict[str, ast.stmt], list[str]]:
@@ -28,7 +31,12 @@ def parts(path: Path) -> tuple[str, dict[str, ast.stmt], list[str]]:
     return ast.get_docstring(tree) or "", defined, public[0] if public else []
 
 
-each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def module_of(path: Path) -> str:
+    """The dotted name of a method's module or package."""
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+each_file = pytest.mark.parametrize("path", FILES, ids=module_of)
 
 
 def test_there_are_methods_and_only_in_rooms_of_methods() -> None:
@@ -38,13 +46,23 @@ def test_there_are_methods_and_only_in_rooms_of_methods() -> None:
     assert len(FILES) == len(methods()) >= 9  # names are unique over the rooms
 
 
+def test_what_is_no_method_is_known() -> None:
+    inside = {f"{path.parent.name}/{path.stem}" for room in ROOMS for path in (PACKAGE / room).glob("[!_]*")}
+    found = {module_of(path).removeprefix("stemma.").replace(".", "/") for path in FILES}
+    assert inside - found == SHARED
+
+
+def test_every_recipe_has_its_method() -> None:
+    assert set(recipe_files()) <= set(methods())
+
+
 @each_file
 def test_the_docstring_says_what_for_and_from_where(path: Path) -> None:
     docstring, _, public = parts(path)
     summary, _, rest = docstring.partition("\n")
     assert re.fullmatch(r"\S.{20,}\.", summary)
     assert rest.startswith("\n")
-    paper = methods()[path.stem.replace("_", "-")].paper
+    paper = methods()[method_name(path)].paper
     assert 2 < len(paper.title.split()) < 25
     assert int(paper.arxiv[:2]) == paper.year % 100  # an arXiv id begins with the year of the first version
     assert "What we changed" in docstring or "Differences from" in docstring or "differs" in docstring
@@ -56,7 +74,7 @@ def test_settings_are_one_frozen_and_explained_dataclass(path: Path) -> None:
     docstring, _, public = parts(path)
     assert ("Config" in public) != ("No `Config`: " in docstring)
     if "Config" in public:
-        config = import_module(f"stemma.{path.parent.name}.{path.stem}").Config
+        config = import_module(module_of(path)).Config
         parameters = config.__dataclass_params__
         assert parameters.frozen
         fields = dataclasses.fields(config)
@@ -67,20 +85,24 @@ def test_settings_are_one_frozen_and_explained_dataclass(path: Path) -> None:
 
 @each_file
 def test_it_can_be_reproduced_or_says_why_not(path: Path) -> None:
-    docstring, defined, _ = parts(path)
-    method = methods()[path.stem.replace("_", "-")]
-    assert method.reproduced == ("run" in defined)
+    docstring, _, _ = parts(path)
+    method = methods()[method_name(path)]
     assert method.reproduced != bool(method.unreproduced_because)
     assert ("No `run`: " in docstring) == bool(method.unreproduced_because)
-    if method.reproduced:
-        run = defined["run"]
-        assert isinstance(run, ast.FunctionDef)
-        assert [argument.arg for argument in run.args.args] == ["options"]
+
+
+@pytest.mark.parametrize("path", recipe_files().values(), ids=lambda path: path.stem)
+def test_a_recipe_runs_from_its_options(path: Path) -> None:
+    _, defined, _ = parts(path)
+    run = defined["run"]
+    assert isinstance(run, ast.FunctionDef)
+    assert [argument.arg for argument in run.args.args] == ["options"]
 
 
 @each_file
 def test_it_has_its_tests(path: Path) -> None:
-    assert (ROOT / "tests" / path.parent.name / f"test_{path.stem}.py").exists()
+    room, name = module_of(path).split(".")[1:]
+    assert list((ROOT / "tests" / room).rglob(f"test_{name}.py"))
 
 
 def test_every_row_of_a_reproduction_belongs_to_a_method() -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from stemma.data import diallock
-from stemma.rl._losses import group_relative
+from stemma.rl.engine.advantages import group_relative
 from stemma.rl.tempo import ValueTree, tree_td_advantages
 
 TARGET = Path(__file__).with_name("tempo.svg")

@@ -5,15 +5,15 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from stemma.decode.generate import generate
+    from stemma.decode.shared_prefix import SharedPrefix
     from stemma.errors import InvalidBatchError, InvalidDataError, MissingExtraError, StemmaError, UnsupportedModelError
-    from stemma.models.adapter import disable, enable
-    from stemma.models.planner import Plan, explain
-    from stemma.models.scoring import Scores, score
-    from stemma.models.shared_prefix import SharedPrefix
-    from stemma.models.streaming import backward
-    from stemma.models.verify import CheckReport, check
     from stemma.prefix.tree import PrefixTree
-    from stemma.serve.hydragen import generate
+    from stemma.scoring.check import CheckReport, check
+    from stemma.scoring.enable import disable, enable
+    from stemma.scoring.plan import Plan, explain
+    from stemma.scoring.score import backward, score
+    from stemma.scoring.scores import Scores
 
 try:
     __version__ = version("stemma-lm")
@@ -22,23 +22,23 @@ except PackageNotFoundError:  # a source tree on the path without an installatio
 
 # Name -> module. Resolved on first use, so that `import stemma` costs milliseconds and imports no torch.
 _PUBLIC = {
-    "CheckReport": "stemma.models.verify",
+    "CheckReport": "stemma.scoring.check",
     "InvalidBatchError": "stemma.errors",
     "InvalidDataError": "stemma.errors",
     "MissingExtraError": "stemma.errors",
-    "Plan": "stemma.models.planner",
+    "Plan": "stemma.scoring.plan",
     "PrefixTree": "stemma.prefix.tree",
-    "Scores": "stemma.models.scoring",
-    "SharedPrefix": "stemma.models.shared_prefix",
+    "Scores": "stemma.scoring.scores",
+    "SharedPrefix": "stemma.decode.shared_prefix",
     "StemmaError": "stemma.errors",
     "UnsupportedModelError": "stemma.errors",
-    "backward": "stemma.models.streaming",
-    "check": "stemma.models.verify",
-    "disable": "stemma.models.adapter",
-    "enable": "stemma.models.adapter",
-    "explain": "stemma.models.planner",
-    "generate": "stemma.serve.hydragen",
-    "score": "stemma.models.scoring",
+    "backward": "stemma.scoring.score",
+    "check": "stemma.scoring.check",
+    "disable": "stemma.scoring.enable",
+    "enable": "stemma.scoring.enable",
+    "explain": "stemma.scoring.plan",
+    "generate": "stemma.decode.generate",
+    "score": "stemma.scoring.score",
 }
 
 __all__ = [

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from stemma.cache.anchors import AnchorPool, Deviation
+from stemma.cache.key_values import KeyValues
 from stemma.cache.offsets import (
     add_to_content,
     add_to_following,
@@ -19,7 +20,6 @@ from stemma.cache.offsets import (
     spread,
     token_weights,
 )
-from stemma.cache.states import States
 from stemma.errors import InvalidBatchError, InvalidDataError
 
 SHAPES = ((2, 4), (1, 6), (2, 3))  # heads and channels of each layer
@@ -31,7 +31,7 @@ def layers(tokens, seed, shapes=SHAPES):
     def draw(heads, dim):
         return torch.randn(1, heads, tokens, dim, dtype=torch.float64, generator=generator)
 
-    return tuple(States(draw(heads, dim), draw(heads, dim + 1)) for heads, dim in shapes)
+    return tuple(KeyValues(draw(heads, dim), draw(heads, dim + 1)) for heads, dim in shapes)
 
 
 def deviation(tokens, seed, following=3):
@@ -55,7 +55,7 @@ def softmax(scores):
 def reference_content(base, anchors, offsets, temperature):
     """Number by number."""
     tokens = base[0].key.shape[2]
-    result = [States(pair.key.clone(), pair.value.clone()) for pair in base]
+    result = [KeyValues(pair.key.clone(), pair.value.clone()) for pair in base]
     for part in range(2):
         for n in range(tokens):
             scores = []
@@ -74,7 +74,7 @@ def reference_content(base, anchors, offsets, temperature):
 
 def reference_following(following, base, anchors, offsets, temperature):
     tokens = base[0].key.shape[2]
-    result = [States(pair.key.clone(), pair.value.clone()) for pair in following]
+    result = [KeyValues(pair.key.clone(), pair.value.clone()) for pair in following]
     for layer in range(1, len(base)):
         for part in range(2):
             own = base[layer][part][0]
@@ -112,7 +112,7 @@ def test_estimates_against_loops(tokens, longer, temperature):
 @given(count=st.integers(1, 4), temperature=st.floats(0.01, 10))
 def test_weights_sum_to_one_and_prefer_the_nearest(count, temperature):
     base = layers(3, 0)
-    anchors = [tuple(States(k + i, v + i) for k, v in base) for i in range(count)]
+    anchors = [tuple(KeyValues(k + i, v + i) for k, v in base) for i in range(count)]
     for weights in token_weights(base, anchors, temperature):
         torch.testing.assert_close(weights.sum(dim=0), torch.ones(3))
         assert (weights.argmax(dim=0) == 0).all()
@@ -149,7 +149,7 @@ def test_first_layer_is_left_alone():
 @pytest.mark.parametrize("count", [2, 3, 8])
 def test_equal_distances_spread_fully_and_one_near_anchor_not_at_all(count):
     base = layers(3, 0)
-    alike = [tuple(States(k + 1, v + 1) for k, v in base)] * count
+    alike = [tuple(KeyValues(k + 1, v + 1) for k, v in base)] * count
     assert spread(closeness(base, alike, None)) == pytest.approx(1, abs=1e-6)
     assert spread(closeness(base, [base, *alike[1:]], 1000.0)) == pytest.approx(0, abs=1e-6)
     assert spread(torch.ones(1)) == 0
@@ -162,7 +162,8 @@ def test_published_distances_saturate_with_the_length_and_relative_ones_do_not()
         base = layers(tokens, 0)
         other = layers(tokens, 1)
         anchors = [
-            tuple(States(k, v + near * o.value) for (k, v), o in zip(base, other, strict=True)) for near in (0.97, 1, 1)
+            tuple(KeyValues(k, v + near * o.value) for (k, v), o in zip(base, other, strict=True))
+            for near in (0.97, 1, 1)
         ]
         return spread(closeness(base, anchors, sharpness))
 

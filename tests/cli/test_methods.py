@@ -125,8 +125,6 @@ def test_a_source_may_run_over_lines_and_go_on(tmp_path):
     assert method.unreproduced_because == "it needs a moon."
     assert outcome(method) == "no reproduction: it needs a moon."
     assert not method.reproduced
-    path.write_text(f"'''{text}'''\ndef run(options): ...\n")
-    assert command._read(path, "rl", tmp_path).reproduced
 
 
 def test_the_command_imports_no_torch():

@@ -8,8 +8,8 @@ import torch
 import transformers
 
 from decoders import keep_double
+from stemma.census import build
 from stemma.errors import UnsupportedModelError
-from stemma.models.census import build
 from stemma.models.rotary import cached_states, encode, find_rotations, plain_cache
 from stemma.models.tiny import tiny_model
 

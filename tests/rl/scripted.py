@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from stemma.data.diallock import EOS_ID
-from stemma.models.rollout import Rollouts
+from stemma.decode.rollout import Rollouts
 
 
 class Scripted:

@@ -10,8 +10,8 @@ import pytest
 from rl.scripted import Scripted
 from stemma.data import diallock
 from stemma.data.traces import Trace, read_traces
+from stemma.decode.rollout import LocalGenerator
 from stemma.errors import InvalidDataError
-from stemma.models.rollout import LocalGenerator
 from stemma.rl.prefix_rl import build_prefixed_problems, collect_traces
 
 Make = Callable[..., Any]

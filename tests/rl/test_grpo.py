@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from rl.conftest import diallock_prompts
+from stemma.decode.rollout import LocalGenerator
 from stemma.errors import InvalidBatchError, InvalidDataError
-from stemma.models.rollout import LocalGenerator
 from stemma.rl.grpo import RolloutBatch, Trainer
 
 Make = Callable[..., Trainer]
@@ -336,7 +336,7 @@ def test_a_mask_may_count_more_tokens_than_it_trains_on(make_trainer: Make) -> N
     assert small / large == pytest.approx(int(batch.completion_mask.sum()) / int(batch.loss_mask.sum()), rel=1e-9)
 
 
-# ---------------------------------------------------------------------------------------------- seams with a state
+# ---------------------------------------------------------------------------------------------- hooks with a state
 
 
 class Counter:

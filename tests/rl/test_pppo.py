@@ -15,10 +15,11 @@ from torch import Tensor
 
 from rollouts import fake_batch
 from stemma.data import diallock
+from stemma.decode.rollout import LocalGenerator
 from stemma.errors import InvalidBatchError
-from stemma.models.rollout import LocalGenerator
 from stemma.prefix.tree import PrefixTree
-from stemma.rl._shared import RolloutBatch, sample
+from stemma.rl.engine.batch import RolloutBatch
+from stemma.rl.engine.hooks import sample
 from stemma.rl.pppo import (
     AccumulatedCredit,
     Config,

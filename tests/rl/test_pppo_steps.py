@@ -11,7 +11,7 @@ from rollouts import assert_equal_steps, rows_with_demonstrations, without_times
 from stemma.data import diallock
 from stemma.errors import InvalidBatchError
 from stemma.rl import grpo, prefix_rft, tempo
-from stemma.rl.pppo import Config, RetainedMask, reference_accumulated_reward, seams
+from stemma.rl.pppo import Config, RetainedMask, hooks, reference_accumulated_reward
 
 Make = Callable[..., Any]
 HALF = Config(eta_start=0.5, eta_max=0.9, num_continuations=3)
@@ -28,7 +28,7 @@ def make(make_trainer: Make, make_model: Make) -> Make:
             defaults = {"num_generations": 4, "per_device_train_batch_size": 8, "max_completion_length": 24}
             options = {**defaults, **options}
             trainer = grpo.Config(**options)
-            made = seams(config, trainer, model=model, processing_class=diallock.tokenizer(), credit=given)
+            made = hooks(config, trainer, model=model, processing_class=diallock.tokenizer(), credit=given)
             arguments = {**made, **arguments}
         return make_trainer(model, **{"max_completion_length": 24, **options}, **arguments)
 

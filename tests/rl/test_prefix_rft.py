@@ -13,8 +13,8 @@ from torch import Tensor
 from rollouts import fake_batch, rows_with_demonstrations
 from stemma.data import diallock
 from stemma.errors import InvalidBatchError, InvalidDataError
-from stemma.rl._losses import group_relative
-from stemma.rl._shared import RolloutBatch
+from stemma.rl.engine.advantages import group_relative
+from stemma.rl.engine.batch import RolloutBatch
 from stemma.rl.prefix_rft import (
     Config,
     EntropyMask,

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from rollouts import assert_equal_steps, rows_with_demonstrations, without_times
 from stemma.data import diallock
-from stemma.models.rollout import LocalGenerator
+from stemma.decode.rollout import LocalGenerator
 from stemma.rl import grpo, tempo
-from stemma.rl._shared import RolloutBatch
-from stemma.rl.prefix_rft import Config, prefix_length, seams
+from stemma.rl.engine.batch import RolloutBatch
+from stemma.rl.prefix_rft import Config, hooks, prefix_length
 
 Make = Callable[..., Any]
 
@@ -36,7 +36,7 @@ def make(make_trainer: Make, make_model: Make) -> Make:
             defaults = {"num_generations": 4, "per_device_train_batch_size": 8}
             trainer_config = grpo.Config(**{**defaults, **options})
             given = arguments.pop("credit", None)
-            made = seams(config, trainer_config, model=model, processing_class=diallock.tokenizer(), credit=given)
+            made = hooks(config, trainer_config, model=model, processing_class=diallock.tokenizer(), credit=given)
             arguments = {**made, **arguments}
         return make_trainer(model, **options, **arguments)
 

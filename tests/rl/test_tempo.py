@@ -15,10 +15,9 @@ from torch import Tensor
 
 from stemma.errors import InvalidBatchError
 from stemma.rl import tempo
-from stemma.rl._config import Config as TrainerConfig
-from stemma.rl._credit import GroupCredit
-from stemma.rl._losses import group_relative, leave_one_out
-from stemma.rl._shared import RolloutBatch
+from stemma.rl.engine.advantages import GroupCredit, group_relative, leave_one_out
+from stemma.rl.engine.batch import RolloutBatch
+from stemma.rl.engine.options import Config as TrainerConfig
 from stemma.rl.tempo import TreeCredit, ValueTree, reference_states, tree_td_advantages
 
 NAN = float("nan")
@@ -256,8 +255,8 @@ def test_what_cannot_be_credited_is_refused() -> None:
 
 def test_the_credit_follows_the_options() -> None:
     options = TrainerConfig(credit="rloo", scale_rewards="none")
-    seams = tempo.seams(tempo.Config(tree_td_coef=0.3), options)
-    assert seams == {"credit": TreeCredit(estimator="rloo", scale_rewards="none", coefficient=0.3)}
+    hooks = tempo.hooks(tempo.Config(tree_td_coef=0.3), options)
+    assert hooks == {"credit": TreeCredit(estimator="rloo", scale_rewards="none", coefficient=0.3)}
 
 
 def test_the_option_is_the_argument() -> None:

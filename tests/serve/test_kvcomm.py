@@ -8,8 +8,8 @@ import torch
 import transformers
 
 from stemma.cache.anchors import AnchorPool
+from stemma.census.configs import randomize_
 from stemma.errors import InvalidBatchError, UnsupportedModelError
-from stemma.models.census.configs import randomize_
 from stemma.models.rotary import cached_states, encode
 from stemma.models.tiny import byte_tokenizer, tiny_model
 from stemma.serve.kvcomm import Config, KVComm

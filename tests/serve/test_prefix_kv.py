@@ -11,10 +11,10 @@ import transformers
 import stemma
 from decoders import SIZES, V, cached, decoder
 from stemma.cache.compressed import priority, retained_mass
-from stemma.models.compressed_cache import CompressedCache
+from stemma.decode.compressed_cache import CompressedCache
 from stemma.models.tiny import tiny_model
-from stemma.serve._prefix_kv_budget import waterline
 from stemma.serve.prefix_kv import Config, Profile, _importance, calibrate, compress, drop
+from stemma.serve.prefix_kv.budget import waterline
 
 transformers.logging.set_verbosity_error()
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stemma.cache.compressed import priority, retained_mass
-from stemma.serve._prefix_kv_budget import proportional, pyramid, reference_waterline, total_tokens, waterline
+from stemma.serve.prefix_kv.budget import proportional, pyramid, reference_waterline, total_tokens, waterline
 
 importances = st.integers(0, 10**6).flatmap(
     lambda seed: st.tuples(

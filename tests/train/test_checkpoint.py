@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stemma.data import diallock
 from stemma.errors import InvalidDataError
-from stemma.models.adapter import enable
 from stemma.models.tiny import tiny_model
+from stemma.scoring.enable import enable
 from stemma.train.checkpoint import StopSignal, latest, load_state, load_weights, save, save_model, write_json
 
 

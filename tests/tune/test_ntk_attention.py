@@ -326,7 +326,7 @@ def test_what_would_ignore_the_prefix_is_refused() -> None:
 
 
 def test_sampled_groups_see_the_prefix() -> None:
-    from stemma.models.rollout import LocalGenerator
+    from stemma.decode.rollout import LocalGenerator
 
     model = weigh(make(dtype=torch.float32))
     prompt = list(range(1, 20))

@@ -6,11 +6,11 @@ import torch
 
 import stemma
 from decoders import KINDS, V, cached, decoder, keep_double
+from stemma.decode import loop as decoding
+from stemma.decode.generate import Config
+from stemma.decode.rollout import LocalGenerator
+from stemma.decode.shared_cache import SharedPrefixCache
 from stemma.errors import UnsupportedModelError
-from stemma.models import decoding
-from stemma.models.rollout import LocalGenerator
-from stemma.models.shared_cache import SharedPrefixCache
-from stemma.serve.hydragen import Config
 from stemma.tune.ntk_attention import attach, detach
 
 HEAD = list(range(1, 20))

@@ -23,7 +23,9 @@ import torch
 from torch import Tensor
 
 from stemma.attention.decode import merge
+from stemma.attention.flex import flex_tree_attention
 from stemma.attention.kernels import block_backward, block_forward
+from stemma.attention.varlen import varlen_backward, varlen_forward
 from stemma.prefix.layout import Block, Layout
 
 __all__ = ["reference_tree_attention", "tree_attention"]
@@ -90,7 +92,6 @@ def tree_attention(
     if backend == "flex":
         if answer is not None:
             raise ValueError("the 'flex' backend takes no answer of other keys; leave the backend to None.")
-        from stemma.attention.flex import flex_tree_attention
 
         output = flex_tree_attention(
             query, key, value, layout, scale=scale, window=window, softcap=softcap, sinks=sinks
@@ -161,8 +162,6 @@ class _TreeAttention(torch.autograd.Function):
         backend: str,
     ) -> Tensor:
         if backend == "varlen":
-            from stemma.attention.varlen import varlen_forward
-
             output, log_sum_exp = varlen_forward(query, key, value, layout, scale, window)
         else:
             output, log_sum_exp = _blocks_forward(query, key, value, layout, scale, window, softcap)
@@ -184,8 +183,6 @@ class _TreeAttention(torch.autograd.Function):
         query, key, value, sinks, answer, answer_sums, output, log_sum_exp = ctx.saved_tensors
         layout, scale, window, softcap, backend = ctx.settings
         if backend == "varlen":
-            from stemma.attention.varlen import varlen_backward
-
             grads = varlen_backward(grad_output, query, key, value, output, log_sum_exp, layout, scale, window)
         else:
             grads = _blocks_backward(

@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from stemma.cache.key_values import KeyValues
 from stemma.cache.offsets import Layers
-from stemma.cache.states import States
 from stemma.errors import InvalidBatchError, InvalidDataError
 
 __all__ = ["Anchor", "AnchorPool", "Deviation", "Match"]
@@ -262,7 +262,7 @@ class AnchorPool:
 
 def _owned(layers: Layers) -> Layers:
     """Copies that keep no larger tensor alive."""
-    return tuple(States(*(tensor.detach().clone() for tensor in pair)) for pair in layers)
+    return tuple(KeyValues(*(tensor.detach().clone() for tensor in pair)) for pair in layers)
 
 
 def _named(name: str, layers: Layers) -> dict[str, Tensor]:
@@ -274,7 +274,7 @@ def _named(name: str, layers: Layers) -> dict[str, Tensor]:
 
 
 def _layers(tensors: Mapping[str, Tensor], name: str) -> Layers:
-    found: list[States] = []
+    found: list[KeyValues] = []
     while f"{name}.{len(found)}.key" in tensors:
-        found.append(States(*(tensors[f"{name}.{len(found)}.{part}"] for part in ("key", "value"))))
+        found.append(KeyValues(*(tensors[f"{name}.{len(found)}.{part}"] for part in ("key", "value"))))
     return tuple(found)

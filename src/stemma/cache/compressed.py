@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from stemma.attention.decode import decode_attention
-from stemma.cache.states import even_heads
+from stemma.cache.key_values import even_heads
 from stemma.errors import InvalidBatchError
 
 __all__ = ["KeptStates", "attention_mass", "priority", "retained_mass", "visible"]

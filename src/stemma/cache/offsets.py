@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from stemma.cache.states import States
+from stemma.cache.key_values import KeyValues
 
 __all__ = [
     "Layers",
@@ -32,14 +32,14 @@ __all__ = [
     "token_weights",
 ]
 
-Layers = tuple[States, ...]
+Layers = tuple[KeyValues, ...]
 """Keys and values ``(1, heads, tokens, dim)`` of a run of tokens, layer by layer."""
 Weighting = Literal["similarity", "mean"]
 
 
 def differences(real: Layers, base: Layers) -> Layers:
     """Real minus base of all layers but the first."""
-    return tuple(States(a.key - b.key, a.value - b.value) for a, b in zip(real[1:], base[1:], strict=True))
+    return tuple(KeyValues(a.key - b.key, a.value - b.value) for a, b in zip(real[1:], base[1:], strict=True))
 
 
 def token_weights(base: Layers, anchors: Sequence[Layers], temperature: float) -> tuple[Tensor, Tensor]:
@@ -91,7 +91,7 @@ def add_to_content(
             known = torch.stack([offset[layer][part][0, :, :tokens] for offset in offsets])
             weight = weights[part].to(own.dtype)[:, None, :, None]
             parts.append(own + (weight * known).sum(dim=0)[None])
-        result.append(States(*parts))
+        result.append(KeyValues(*parts))
     return tuple(result)
 
 
@@ -120,7 +120,7 @@ def add_to_following(
             else:
                 weight = own.new_full((count, 1, 1, 1), 1 / count)
             parts.append(own + (weight * known).sum(dim=0)[None])
-        result.append(States(*parts))
+        result.append(KeyValues(*parts))
     return tuple(result)
 
 

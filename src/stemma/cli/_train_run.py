@@ -14,13 +14,13 @@ from stemma.cli._flags import flat
 from stemma.cli._train_jobs import Job, checkpoint_job, diallock_job
 from stemma.cli.train import grpo_options
 from stemma.data.traces import read_traces
+from stemma.decode.rollout import Generator, LocalGenerator, check_prompts
+from stemma.decode.server import ServerGenerator
 from stemma.errors import MissingExtraError, StemmaError
 from stemma.models.adapter import base_model
-from stemma.models.rollout import Generator, LocalGenerator, check_prompts
-from stemma.models.server import ServerGenerator
 from stemma.rl import grpo, pppo, prefix_rft, prefix_rl, tempo
 from stemma.train import checkpoint, sft
-from stemma.train.loop import run_steps
+from stemma.train.fit import run_steps
 from stemma.train.report import write_report
 from stemma.train.seeds import rng_state, seed_everything, set_rng_state, stream_seed
 from stemma.train.sharding import full_model_state_dict
@@ -48,7 +48,7 @@ class Run:
         self.job = _make_job(config)
         self.model = _with_adapter(self.job.model, config)
         try:
-            self.seams = self._seams()
+            self.hooks = self._hooks()
             self._check()
         except StemmaError:
             raise
@@ -118,7 +118,7 @@ class Run:
             grpo_options(self.config),
             processing_class=self.job.processing_class,
             accelerator=self.accelerator,
-            **self.seams,
+            **self.hooks,
         )
         if resumed:
             self._restore(trainer)
@@ -171,7 +171,7 @@ class Run:
             eval_steps=self.config.eval_steps or 0,
         )
 
-    def _seams(self) -> dict[str, Any]:
+    def _hooks(self) -> dict[str, Any]:
         """The arguments of the trainer that the task, the method and the credit decide.
 
         Raises:
@@ -181,20 +181,20 @@ class Run:
         found: dict[str, Any] = {"prompts": self.job.prompts, "reward_funcs": self.job.reward}
         found["generator"] = self._generator()
         if config.credit == "tempo":
-            found |= tempo.seams(config.tempo, options, accelerator=self.accelerator)
+            found |= tempo.hooks(config.tempo, options, accelerator=self.accelerator)
         common = {"model": self.model, "processing_class": tokenizer, "accelerator": self.accelerator}
         common["credit"] = found.get("credit")
         if config.method == "prefix-rft":
-            found |= prefix_rft.seams(config.prefix_rft, options, **common)
+            found |= prefix_rft.hooks(config.prefix_rft, options, **common)
             found["rollout"].check(
                 self.job.rows or self.job.prompts(0, 256)
             )  # all of them, or of an endless source some
         elif config.method == "pppo":
-            found |= pppo.seams(config.pppo, options, **common)
+            found |= pppo.hooks(config.pppo, options, **common)
         elif config.method == "prefix-rl":
             assert config.traces is not None
             traces = read_traces(config.traces, tokenizer=tokenizer)
-            found |= prefix_rl.seams(
+            found |= prefix_rl.hooks(
                 config.prefix_rl, options, traces=traces, model=self.model, is_boundary=self.job.is_boundary
             )
             found["reward_funcs"] = prefix_rl.rewards_by_kind(self.job.reward)
@@ -208,7 +208,7 @@ class Run:
             InvalidBatchError: a held-out prompt, or one of the first, that leaves no room for its completions.
         """
         config = self.config
-        grpo.check(self.model, grpo_options(config), generator=self.seams["generator"], accelerator=self.accelerator)
+        grpo.check(self.model, grpo_options(config), generator=self.hooks["generator"], accelerator=self.accelerator)
         rows = [*self.job.eval_rows, *self.job.prompts(0, 64)]
         prompts = [list(row["prompt_ids"]) for row in rows]
         check_prompts(base_model(self.model), prompts, config.max_completion_length or 1)

@@ -25,8 +25,8 @@ def main(config: Config) -> dict[str, Any]:
     """Train or find the model and report on it."""
     from itertools import pairwise
 
-    from stemma.train.base_model import python_base
-    from stemma.train.recipe import Options
+    from stemma.recipes._base_model import python_base
+    from stemma.recipes._runs import Options
 
     base = python_base(Options(cache_dir=config.cache_dir, quick=config.quick))
     rows, length, cuts = (2, 256, (0, 64, 255)) if config.quick else (24, 2048, (0, 64, 256, 512, 1024, 2047))

@@ -41,7 +41,7 @@ def main(config: Config) -> dict[str, Any]:
     """Run the check and return the report."""
     import stemma
     from stemma.cli._batch import read_tree
-    from stemma.models.forward import check_batch
+    from stemma.models.limits import check_batch
     from stemma.models.loading import load_model
 
     tree = None if config.sequences is None else read_tree(config.sequences)

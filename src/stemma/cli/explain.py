@@ -51,7 +51,7 @@ def main(config: Config) -> dict[str, Any]:
     """Print the plan and return it."""
     import stemma
     from stemma.cli._batch import made_up_tree, read_tree
-    from stemma.models.forward import check_batch
+    from stemma.models.limits import check_batch
     from stemma.models.loading import load_model
 
     model = load_model(config.model, random_init=True, device="meta")

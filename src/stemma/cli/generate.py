@@ -26,9 +26,9 @@ import tyro
 from stemma.errors import InvalidDataError, UnsupportedModelError
 
 if TYPE_CHECKING:
-    from stemma.models.shared_cache import SharingReport
-    from stemma.models.shared_prefix import SharedPrefix
-    from stemma.serve.hydragen import Prompt
+    from stemma.decode.generate import Prompt
+    from stemma.decode.shared_cache import SharingReport
+    from stemma.decode.shared_prefix import SharedPrefix
 
 __all__ = ["Config", "main", "read_prompts"]
 
@@ -166,11 +166,10 @@ class _Job:
 
     def __init__(self, config: Config, prompts: "Sequence[Prompt]", prefix_text: str | None) -> None:
         import stemma
-        from stemma.models.forward import check_batch
+        from stemma.decode.generate import prompt_ids
+        from stemma.models.limits import check_batch, check_lengths
         from stemma.models.loading import load_config, load_model
-        from stemma.models.shared_prefix import check_lengths
         from stemma.prefix.tree import PrefixTree
-        from stemma.serve.hydragen import prompt_ids
 
         if Path(config.model).is_file():
             raise UnsupportedModelError(f"'{config.model}' is a file; give the folder of a saved model, with weights.")
@@ -198,7 +197,7 @@ class _Job:
         import torch
 
         import stemma
-        from stemma.serve.hydragen import Config as Sharing
+        from stemma.decode.generate import Config as Sharing
         from stemma.train.seeds import stream_seed
 
         config = self.config

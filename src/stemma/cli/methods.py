@@ -20,9 +20,21 @@ from typing import Annotated, Any
 import tyro
 
 from stemma.errors import InvalidDataError
-from stemma.train.recipe_tables import tables, verdict
+from stemma.recipes._tables import tables, verdict
 
-__all__ = ["ROOMS", "Config", "Method", "Paper", "main", "measured", "methods", "outcome"]
+__all__ = [
+    "ROOMS",
+    "Config",
+    "Method",
+    "Paper",
+    "main",
+    "measured",
+    "method_files",
+    "method_name",
+    "methods",
+    "outcome",
+    "recipe_files",
+]
 
 ROOMS = {
     "rl": "Reinforcement learning",
@@ -34,7 +46,8 @@ ROOMS = {
     "retrieve": "Retrieval",
     "probe": "Probes",
 }
-"""Folders of methods, in the order in which they are shown. A file in them without a leading underscore is a method."""
+"""Folders of methods, in the order in which they are shown. A file or package in them whose docstring names a source is
+a method."""
 
 _SOURCE = re.compile(r'Source: "([^"]+)", (\d{4}), arXiv (\d{4}\.\d{5})(?!\d)')
 _NO_RUN = re.compile(r"No `run`: (.+?\.)(?= [A-Z]|\n\n|$)", re.DOTALL)
@@ -94,10 +107,28 @@ def methods(results: Path | None = None) -> dict[str, Method]:
     results = _results(Path(package)) if results is None else results
     found = {}
     for room in ROOMS:
-        for path in sorted((Path(package) / room).glob("[!_]*.py")):
+        for path in method_files(Path(package) / room):
             method = _read(path, room, results)
             found[method.name] = method
     return found
+
+
+def method_files(room: Path) -> list[Path]:
+    """The files of a room's methods, in the order of their names; of a package its `__init__.py`."""
+    files = [*room.glob("[!_]*.py"), *room.glob("*/__init__.py")]
+    return sorted((path for path in files if "\nSource: " in path.read_text(encoding="utf-8")), key=method_name)
+
+
+def method_name(path: Path) -> str:
+    """The name of the method that a file or a package's `__init__.py` holds, with dashes."""
+    stem = path.parent.name if path.stem == "__init__" else path.stem
+    return stem.replace("_", "-")
+
+
+def recipe_files() -> dict[str, Path]:
+    """The reproductions by method, found by their place, in the order of their names."""
+    (package,) = import_module("stemma").__path__
+    return {method_name(path): path for path in sorted((Path(package) / "recipes").glob("[!_]*.py"))}
 
 
 def outcome(method: Method) -> str:
@@ -154,9 +185,8 @@ def _results(package: Path) -> Path:
 
 
 def _read(path: Path, room: str, results: Path) -> Method:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    docstring = ast.get_docstring(tree) or ""
-    name = path.stem.replace("_", "-")
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    name = method_name(path)
     source = _SOURCE.search(" ".join(docstring.split()))
     if source is None:
         raise InvalidDataError(
@@ -170,7 +200,7 @@ def _read(path: Path, room: str, results: Path) -> Method:
         room=room,
         purpose=docstring.partition("\n")[0],
         paper=Paper(source[1], int(source[2]), source[3]),
-        reproduced=any(isinstance(node, ast.FunctionDef) and node.name == "run" for node in tree.body),
+        reproduced=name in recipe_files(),
         unreproduced_because=" ".join(reason[1].split()) if reason else None,
         rows=_rows(file, name) if file.exists() else (),
     )

@@ -6,7 +6,6 @@ here"), METHOD.png (curves), METHOD.json and, under runs/, every finished run: a
 on with the next one.
 """
 
-import ast
 import difflib
 import sys
 from dataclasses import dataclass
@@ -16,8 +15,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from stemma.cli.methods import methods
-from stemma.train.recipe import Options
+from stemma.cli.methods import methods, recipe_files
+from stemma.recipes._runs import Options
 
 __all__ = ["Config", "main", "recipes"]
 
@@ -31,17 +30,9 @@ class Config(Options):
 
 
 def recipes() -> dict[str, tuple[str, str]]:
-    """Reproductions by name: the module, and the first line of its docstring. Found by their place (a method's file
-    with a function `run`), without importing them."""
-    found = {}
-    (package,) = import_module("stemma").__path__
-    for path in sorted(Path(package).glob("*/*.py")):
-        if path.parent.name != "cli" and not path.stem.startswith("_"):
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-            if any(isinstance(node, ast.FunctionDef) and node.name == "run" for node in tree.body):
-                summary = (ast.get_docstring(tree) or "").partition("\n")[0]
-                found[path.stem.replace("_", "-")] = (f"stemma.{path.parent.name}.{path.stem}", summary)
-    return found
+    """Reproductions by name: the module, and the first line of the method's docstring, read without importing them."""
+    known = methods()
+    return {name: (f"stemma.recipes.{path.stem}", known[name].purpose) for name, path in recipe_files().items()}
 
 
 def main(config: Config) -> dict[str, Any]:

@@ -20,8 +20,15 @@ from typing import Any, Literal
 
 from stemma.cli import _flags
 from stemma.errors import InvalidDataError
-from stemma.rl._config import Config as GRPOConfig
-from stemma.rl._config import PPPOConfig, PrefixRFTConfig, PrefixRLConfig, ScaleRewards, SchedulerType, TempoConfig
+from stemma.rl.engine.options import Config as GRPOConfig
+from stemma.rl.engine.options import (
+    PPPOConfig,
+    PrefixRFTConfig,
+    PrefixRLConfig,
+    ScaleRewards,
+    SchedulerType,
+    TempoConfig,
+)
 
 __all__ = ["Config", "main"]
 
@@ -31,7 +38,7 @@ ReportTo = Literal["none", "tensorboard", "trackio", "wandb"]
 
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
-    """A vLLM or SGLang server that samples instead of the model in this process (`stemma.models.server`)."""
+    """A vLLM or SGLang server that samples instead of the model in this process (`stemma.decode.server`)."""
 
     url: str | None = None
     """Root of the server, such as http://localhost:8000; None: the model samples in this process."""

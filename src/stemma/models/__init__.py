@@ -1,1 +1,1 @@
-"""The only place that knows transformers: the attention adapter, scoring, verification, tiny models."""
+"""transformers' models seen from outside: attention, masks, limits, loading, tiny models."""

@@ -12,13 +12,11 @@ the ones tree attention computes; a layer with any other (chunked, bidirectional
 small forward in :func:`enable` compares the tree with each sequence alone, so a model whose layers mix positions
 elsewhere (recurrence, convolution, absolute position offsets) is refused before any work.
 
-A cache of shared prefixes (:mod:`stemma.models.shared_cache`) comes the same way: a model asks its cache for the sizes
+A cache of shared prefixes (:mod:`stemma.decode.shared_cache`) comes the same way: a model asks its cache for the sizes
 of a mask, the next mask function sees which cache was asked, and its marker leads the layers to that cache.
 """
 
-import inspect
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -27,7 +25,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -46,23 +43,21 @@ from stemma.models.masks import Mask, ReadingCache, asked_cache, probe
 from stemma.prefix.layout import Layout
 
 __all__ = [
+    "IMPLEMENTATION_PREFIX",
     "LAYOUT_ARGUMENT",
     "TreeCall",
     "base_model",
-    "disable",
-    "enable",
+    "implementations",
     "is_enabled",
-    "refuse_by_structure",
+    "register",
     "tree_call",
 ]
 
 LAYOUT_ARGUMENT = "stemma_call"
 """Keyword argument under which a tree call travels from ``model(...)`` to every attention function."""
 
-_PREFIX = "stemma_"
-_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
-_lock = threading.RLock()
-"""Held while a model changes its attention implementation."""
+IMPLEMENTATION_PREFIX = "stemma_"
+"""What the name of a dispatching implementation begins with; the name of the wrapped one follows."""
 
 
 @dataclass(eq=False)
@@ -124,7 +119,7 @@ def base_model(model: nn.Module) -> PreTrainedModel:
 
 def is_enabled(model: nn.Module) -> bool:
     """Whether :func:`enable` has been called on the model."""
-    return str(_implementation(base_model(model))).startswith(_PREFIX)
+    return str(_implementation(base_model(model))).startswith(IMPLEMENTATION_PREFIX)
 
 
 def _implementation(model: PreTrainedModel) -> str:
@@ -132,143 +127,21 @@ def _implementation(model: PreTrainedModel) -> str:
     return str(model.config.get_text_config()._attn_implementation)
 
 
-def enable(model: Any, *, verify: bool = False, self_test: bool = True) -> Any:
-    """Let a Hugging Face decoder run over prefix trees; everything else about the model stays as it is.
-
-    Call this before threads share the model: switching attention under another thread's forward is not safe.
-
-    Args:
-        model: a causal language model of transformers, plain or wrapped (PEFT, DDP, FSDP). Changed in place: its
-            attention implementation becomes a dispatching one around the present one, in each part of the model.
-        verify: compare the first batch given to :func:`stemma.score` with the plain forward, and fall back to the plain
-            forward with a warning should they differ.
-        self_test: compare a small tree with each of its sequences alone at once (a few short forwards without
-            gradient). Skipped for models whose weights are not materialised (meta device, sharded).
-
-    Returns:
-        The same model.
-
-    Raises:
-        UnsupportedModelError: the model does not dispatch its attention, is an encoder or an encoder-decoder, or fails
-            the self-test; the message names the model type and the reason. The model is left as it was.
-    """
-    inner = base_model(model)
-    with _lock:
-        if not is_enabled(model):
-            _refuse_unsuitable(inner)
-            before, after = _implementations(inner.config, str), _implementations(inner.config, _register)
-            test = None
-            if self_test and _materialised(inner):
-                from stemma.models.verify import SelfTest
-
-                test = SelfTest(model)  # its reference comes from the model as it is
-            try:
-                inner.set_attn_implementation(after)
-                if not is_enabled(model):
-                    raise _not_dispatching(inner)
-                if test is not None:
-                    test.run()
-            except BaseException:  # Ctrl-C too
-                inner.set_attn_implementation(before)
-                raise
-        inner._stemma_verify = verify
-    return model
-
-
-def disable(model: Any) -> Any:
-    """Undo :func:`enable`: give the model its original attention implementation back. Returns the model."""
-    inner = base_model(model)
-    with _lock:
-        if is_enabled(model):
-            inner.set_attn_implementation(_implementations(inner.config, lambda name: name.removeprefix(_PREFIX)))
-    return model
-
-
-def _implementations(config: PreTrainedConfig, change: Callable[[str], str]) -> dict[str, Any]:
+def implementations(config: PreTrainedConfig, change: Callable[[str], str]) -> dict[str, Any]:
     """The implementations of a model and its parts, each changed, as `set_attn_implementation` takes them."""
     own = config._attn_implementation
     found: dict[str, Any] = {"": own if own is None else change(own)}
     for name in config.sub_configs:
         part = getattr(config, name, None)
         if part is not None:
-            found[name] = _implementations(part, change)
+            found[name] = implementations(part, change)
     return found
 
 
-def _not_dispatching(model: PreTrainedModel) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"{_label(model)} does not dispatch its attention through transformers' AttentionInterface, so its attention "
-        "cannot be computed over a tree. Use a model type listed as exact in docs/support.md."
-    )
-
-
-def _label(model: PreTrainedModel) -> str:
-    return f"{type(model).__name__} (model type '{model.config.model_type}')"
-
-
-def _refuse_unsuitable(model: PreTrainedModel) -> None:
-    config = model.config
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(
-            f"{_label(model)} is an encoder-decoder; a prefix tree needs a decoder-only causal language model."
-        )
-    head = model.get_output_embeddings()
-    if not isinstance(head, nn.Module) or isinstance(head, nn.ModuleList):
-        raise UnsupportedModelError(
-            f"{_label(model)} has no single language-model head. Load it with AutoModelForCausalLM."
-        )
-    if getattr(config, "is_causal", True) is False:
-        raise UnsupportedModelError(
-            f"{_label(model)} attends in both directions; prefixes can be shared only under causal attention."
-        )
-    if getattr(config.get_text_config(), "attn_temperature_tuning", False) and config.model_type.startswith("llama4"):
-        raise UnsupportedModelError(
-            f"{_label(model)} scales its attention by the index in the row instead of position_ids "
-            "(attn_temperature_tuning), which in a packed row is another number."
-        )
-    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
-    if not any(part._can_set_attn_implementation() for part in parts):
-        raise _not_dispatching(model)
-
-
-def refuse_by_structure(model: nn.Module) -> None:
-    """Refuse what config and modules show, without a forward: for models whose self-test has not run.
-
-    A model that passes is not known to be exact; only the self-test and :func:`stemma.check` compare numbers.
-
-    Raises:
-        UnsupportedModelError: names the model type and the reason.
-    """
-    inner = base_model(model)
-    _refuse_unsuitable(inner)
-    kinds = set(getattr(inner.config.get_text_config(), "layer_types", None) or ()) - _LAYER_TYPES
-    if getattr(inner, "_is_stateful", False) or kinds:
-        found = f"layers of the kind {', '.join(sorted(kinds))}" if kinds else "a state that is carried along"
-        raise UnsupportedModelError(
-            f"{_label(inner)} has {found}; a prefix tree needs full or sliding-window attention in all layers, because "
-            "recurrence, convolution, linear and sparse attention cannot branch with a tree."
-        )
-    causal = {module.is_causal for module in inner.modules() if hasattr(module, "is_causal")}
-    if causal == {False}:
-        raise UnsupportedModelError(
-            f"{_label(inner)} is an encoder: it attends in both directions; prefixes can be shared only under causal "
-            "attention (is_decoder=True in the config of a decoder)."
-        )
-    parts = [part for part in inner.modules() if isinstance(part, PreTrainedModel)]
-    if not any("position_ids" in inspect.signature(part.forward).parameters for part in parts):
-        raise UnsupportedModelError(
-            f"{_label(inner)} takes no position_ids: it counts positions by itself, which in a tree are others."
-        )
-
-
-def _materialised(model: PreTrainedModel) -> bool:
-    return not any(p.device.type == "meta" or isinstance(p, DTensor) or p.numel() == 0 for p in model.parameters())
-
-
-def _register(original: str) -> str:
+def register(original: str) -> str:
     """Register the dispatching implementation around ``original``; registering again changes nothing."""
-    original = original.removeprefix(_PREFIX)
-    name = _PREFIX + original
+    original = original.removeprefix(IMPLEMENTATION_PREFIX)
+    name = IMPLEMENTATION_PREFIX + original
     if name in ALL_ATTENTION_FUNCTIONS:
         return name
 

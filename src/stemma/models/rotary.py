@@ -18,11 +18,11 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
 from stemma.attention.rotary import rotate
-from stemma.cache.states import States
+from stemma.cache.key_values import KeyValues
 from stemma.errors import UnsupportedModelError
 from stemma.models.adapter import base_model
-from stemma.models.forward import dynamic_rope_limit
 from stemma.models.layer_attention import KERNEL_PREFIX
+from stemma.models.limits import dynamic_rope_limit
 
 __all__ = ["LayerRotation", "Rotations", "cached_states", "encode", "few_logits", "find_rotations", "plain_cache"]
 
@@ -46,7 +46,7 @@ class LayerRotation:
     of: Literal["key", "value"] = "key"
     """What of the cache is rotated; "value" in latent attention, which keeps its rotary part there."""
 
-    def move(self, states: States, offset: int | Tensor) -> States:
+    def move(self, states: KeyValues, offset: int | Tensor) -> KeyValues:
         """Keys and values ``(..., T, D)`` as they would be ``offset`` positions further; see
         :func:`stemma.attention.rotary.rotate`."""
         if self.frequencies is None:
@@ -65,28 +65,28 @@ class Rotations:
     error: float
     """Largest relative difference of a layer in the probe."""
 
-    def move(self, states: Sequence[States], offset: int | Tensor) -> tuple[States, ...]:
+    def move(self, states: Sequence[KeyValues], offset: int | Tensor) -> tuple[KeyValues, ...]:
         """A run of tokens, all layers, ``offset`` positions further."""
         return tuple(layer.move(pair, offset) for layer, pair in zip(self.layers, states, strict=True))
 
 
-def plain_cache(states: Sequence[States] = ()) -> DynamicCache:
+def plain_cache(states: Sequence[KeyValues] = ()) -> DynamicCache:
     """A cache that keeps every token in every layer, sliding windows included (their masks hide what is too far)."""
     return DynamicCache([(pair.key, pair.value) for pair in states] or None)
 
 
-def cached_states(cache: DynamicCache, begin: int = 0, end: int | None = None) -> tuple[States, ...]:
+def cached_states(cache: DynamicCache, begin: int = 0, end: int | None = None) -> tuple[KeyValues, ...]:
     """Views of what a cache holds of the tokens ``[begin, end)``, layer by layer, without layers that hold nothing."""
     held = [(layer.keys, layer.values) for layer in cache.layers if isinstance(layer, DynamicLayer)]
     pairs = [(key, value) for key, value in held if key is not None and value is not None]
-    return tuple(States(key[:, :, begin:end], value[:, :, begin:end]) for key, value in pairs)
+    return tuple(KeyValues(key[:, :, begin:end], value[:, :, begin:end]) for key, value in pairs)
 
 
 @torch.no_grad()
 def encode(
     model: Any,
     ids: Sequence[int],
-    above: Sequence[States] = (),
+    above: Sequence[KeyValues] = (),
     start: int | None = None,
     cache: DynamicCache | None = None,
 ) -> DynamicCache:
@@ -193,7 +193,7 @@ def _refuse_unsuitable(inner: PreTrainedModel, label: str, model: Any) -> None:
 
 
 def _of_layer(
-    inner: PreTrainedModel, number: int, near: States, there: States, far: int, label: str
+    inner: PreTrainedModel, number: int, near: KeyValues, there: KeyValues, far: int, label: str
 ) -> tuple[LayerRotation, float]:
     best: tuple[LayerRotation, float] | None = None
     for rotation in _candidates(inner, near):
@@ -216,7 +216,7 @@ def _difference(x: Tensor, y: Tensor) -> float:
     return float((by_token[0] / by_token[1].clamp_min(1e-30)).median())
 
 
-def _candidates(inner: PreTrainedModel, states: States) -> Iterator[LayerRotation]:
+def _candidates(inner: PreTrainedModel, states: KeyValues) -> Iterator[LayerRotation]:
     """Nothing rotated, then every frequency table of the model in both pairings and directions, at either end of a
     head."""
     yield LayerRotation(None)

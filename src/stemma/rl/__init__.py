@@ -1,1 +1,1 @@
-"""Reinforcement learning over shared prefixes: one method per file; pieces that they share start with an underscore."""
+"""Reinforcement learning over shared prefixes: one method per file, over `engine/`."""

@@ -35,13 +35,13 @@ import torch
 from torch import Tensor, nn
 
 from stemma.errors import InvalidBatchError
-from stemma.rl._config import Config as TrainerConfig
-from stemma.rl._config import Normalizer
-from stemma.rl._config import PPPOConfig as Config
-from stemma.rl._credit import GroupCredit
-from stemma.rl._rewards import score_completions
-from stemma.rl._shared import Credit, Generate, Reward, RolloutBatch, Row
-from stemma.train.recipe import Options
+from stemma.rl.engine.advantages import GroupCredit
+from stemma.rl.engine.batch import RolloutBatch
+from stemma.rl.engine.hooks import Credit, Generate, Reward, Row
+from stemma.rl.engine.options import Config as TrainerConfig
+from stemma.rl.engine.options import Normalizer
+from stemma.rl.engine.options import PPPOConfig as Config
+from stemma.rl.engine.rewards import score_completions
 from stemma.train.seeds import stream_seed
 
 __all__ = [
@@ -53,9 +53,9 @@ __all__ = [
     "accumulated_reward",
     "beginning_lock_in",
     "continue_beginnings",
+    "hooks",
     "reference_accumulated_reward",
     "retained_lengths",
-    "seams",
 ]
 
 
@@ -323,7 +323,7 @@ def _mean_and_error(values: list[float]) -> tuple[float, float]:
     return (known.mean().item() if len(known) else math.nan), error
 
 
-def seams(
+def hooks(
     config: Config,
     trainer: TrainerConfig,
     *,
@@ -349,10 +349,3 @@ def seams(
         "credit": AccumulatedCredit(inner, config.num_continuations),
         "loss_mask": RetainedMask(config.normalizer),
     }
-
-
-def run(options: Options) -> dict[str, Any]:
-    """The reproduction behind `stemma run pppo`."""
-    from stemma.rl._recipe_pppo import reproduce
-
-    return reproduce(options)

@@ -39,12 +39,12 @@ import torch
 from torch import Tensor, nn
 
 from stemma.errors import InvalidBatchError, InvalidDataError
-from stemma.rl._config import Config as TrainerConfig
-from stemma.rl._config import EntropyScope, ScaleRewards
-from stemma.rl._config import PrefixRFTConfig as Config
-from stemma.rl._losses import group_relative
-from stemma.rl._shared import Credit, Generate, RolloutBatch, Row, end_token_ids, mean_of
-from stemma.train.recipe import Options
+from stemma.rl.engine.advantages import group_relative
+from stemma.rl.engine.batch import RolloutBatch
+from stemma.rl.engine.hooks import Credit, Generate, Row, end_token_ids, mean_of
+from stemma.rl.engine.options import Config as TrainerConfig
+from stemma.rl.engine.options import EntropyScope, ScaleRewards
+from stemma.rl.engine.options import PrefixRFTConfig as Config
 from stemma.train.seeds import stream
 
 __all__ = [
@@ -53,11 +53,11 @@ __all__ = [
     "PrefixSampling",
     "ReferenceCredit",
     "check_demonstrations",
+    "hooks",
     "prefix_length",
     "ratio_low",
     "reference_advantages",
     "reference_top_entropy",
-    "seams",
     "top_entropy",
 ]
 
@@ -329,7 +329,7 @@ class ReferenceCredit:
         ).float()
 
 
-def seams(
+def hooks(
     config: Config,
     trainer: TrainerConfig,
     *,
@@ -382,10 +382,3 @@ def seams(
     elif credit is not None:
         arguments["credit"] = credit
     return arguments
-
-
-def run(options: Options) -> dict[str, Any]:
-    """The reproduction behind `stemma run prefix-rft`."""
-    from stemma.rl._recipe_prefix_rft import reproduce
-
-    return reproduce(options)

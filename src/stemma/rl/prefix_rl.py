@@ -36,17 +36,16 @@ from typing import Any, overload
 from torch import nn
 
 from stemma.data.traces import Trace, TraceFile
+from stemma.decode.rollout import Generator, LocalGenerator
 from stemma.errors import InvalidDataError
-from stemma.models.rollout import Generator, LocalGenerator
-from stemma.rl._config import Config as TrainerConfig
-from stemma.rl._config import PrefixRLConfig as Config
-from stemma.rl._config import TooLong
-from stemma.rl._rewards import score_completions
-from stemma.rl._shared import Reward, Row, ShuffledRows, end_token_ids, sample
-from stemma.train.recipe import Options
+from stemma.rl.engine.hooks import Reward, Row, ShuffledRows, end_token_ids, sample
+from stemma.rl.engine.options import Config as TrainerConfig
+from stemma.rl.engine.options import PrefixRLConfig as Config
+from stemma.rl.engine.options import TooLong
+from stemma.rl.engine.rewards import score_completions
 from stemma.train.seeds import stream_seed
 
-__all__ = ["Config", "PrefixedProblems", "build_prefixed_problems", "collect_traces", "rewards_by_kind", "seams"]
+__all__ = ["Config", "PrefixedProblems", "build_prefixed_problems", "collect_traces", "hooks", "rewards_by_kind"]
 
 IsBoundary = Callable[[Sequence[int], int], bool]
 """``is_boundary(trace_ids, h)``: whether a prefix may end before position ``h``."""
@@ -287,7 +286,7 @@ def _draw_cuts(
 # ------------------------------------------------------------------ training
 
 
-def seams(
+def hooks(
     config: Config,
     trainer: TrainerConfig,
     *,
@@ -351,10 +350,3 @@ def rewards_by_kind(reward: Reward) -> list[Reward]:
         return scored
 
     return [of_kind("prefixed", True), of_kind("plain", False)]
-
-
-def run(options: Options) -> dict[str, Any]:
-    """The reproduction behind `stemma run prefix-rl`."""
-    from stemma.rl._recipe_prefix_rl import reproduce
-
-    return reproduce(options)

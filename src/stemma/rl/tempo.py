@@ -38,16 +38,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stemma.rl._config import Config as TrainerConfig
-from stemma.rl._config import CreditName, ScaleRewards
-from stemma.rl._config import TempoConfig as Config
-from stemma.rl._credit import GroupCredit
-from stemma.rl._losses import group_relative, leave_one_out, reward_scale
-from stemma.rl._shared import RolloutBatch
-from stemma.rl._value_tree import ValueTree, reference_states
-from stemma.train.recipe import Options
+from stemma.prefix.values import ValueTree, reference_states
+from stemma.rl.engine.advantages import GroupCredit, group_relative, leave_one_out, reward_scale
+from stemma.rl.engine.batch import RolloutBatch
+from stemma.rl.engine.options import Config as TrainerConfig
+from stemma.rl.engine.options import CreditName, ScaleRewards
+from stemma.rl.engine.options import TempoConfig as Config
 
-__all__ = ["Config", "TreeCredit", "ValueTree", "reference_states", "seams", "tree_td_advantages"]
+__all__ = ["Config", "TreeCredit", "ValueTree", "hooks", "reference_states", "tree_td_advantages"]
 
 
 def tree_td_advantages(
@@ -66,9 +64,9 @@ def tree_td_advantages(
     Args:
         rewards, completion_ids, completion_mask, group_id: see `ValueTree.build`.
         estimator: "grpo" subtracts the mean of the group, "rloo" that of the others (and divides nothing).
-        scale_rewards: see `_losses.group_relative`.
+        scale_rewards: see `stemma.rl.engine.advantages.group_relative`.
         coefficient: weight of the differences, at least 0; with 0 every column is the group-relative advantage.
-        all_rewards: see `_losses.group_relative`.
+        all_rewards: see `stemma.rl.engine.advantages.group_relative`.
 
     Returns:
         (N, T) advantages in the dtype of `rewards`; columns of the padding hold the group-relative advantage.
@@ -115,7 +113,7 @@ class TreeCredit(GroupCredit):
         return values.metrics()
 
 
-def seams(config: Config, trainer: TrainerConfig, *, accelerator: Any = None) -> dict[str, TreeCredit]:
+def hooks(config: Config, trainer: TrainerConfig, *, accelerator: Any = None) -> dict[str, TreeCredit]:
     """What turns `stemma.rl.grpo.Trainer` into TEMPO, as its keyword arguments: the credit.
 
     Args:
@@ -131,10 +129,3 @@ def seams(config: Config, trainer: TrainerConfig, *, accelerator: Any = None) ->
         coefficient=config.tree_td_coef,
     )
     return {"credit": credit}
-
-
-def run(options: Options) -> dict[str, Any]:
-    """The reproduction behind `stemma run tempo`."""
-    from stemma.rl._recipe_tempo import reproduce
-
-    return reproduce(options)

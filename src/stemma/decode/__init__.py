@@ -1,0 +1,1 @@
+"""Decoding: generate, caches of shared and compressed prefixes, sampling, rollouts, a server that samples."""

@@ -1,0 +1,347 @@
+"""The reproduction of NTK-Attention: error and cost against the length of a prefix, and fine-tuning beside peft.
+
+Adapters turn the base model, which has read the library's sources, to the prose of the language reference. A method's
+learning rate is the best of all on validation text with the first seed; all seeds then train with it.
+"""
+
+import copy
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stemma.attention.kernelized import FeatureMap, kernel_answer, kernel_sums, reference_answered_attention
+from stemma.data.python_text import reference_texts
+from stemma.errors import MissingExtraError
+from stemma.recipes._base_model import BaseModel, python_base, text_rows
+from stemma.recipes._report import Report
+from stemma.recipes._runs import Options, Runs, fingerprint, mean_and_error, paired
+from stemma.train import sft
+from stemma.train.report import require_matplotlib
+from stemma.train.seeds import stream, stream_seed
+from stemma.tune.ntk_attention import Config, attach, parameter_count
+
+__all__ = ["MAPS", "METHODS", "Setting", "approximation_error", "run"]
+
+MAPS: dict[str, FeatureMap | None] = {
+    "no prefix": None,
+    "elu, as published": FeatureMap(normalize=False),
+    "elu, normalised": FeatureMap(),
+    "Taylor-1": FeatureMap(name="taylor", degree=1),
+    "Taylor-2": FeatureMap(name="taylor", degree=2),
+    "1024 random features": FeatureMap(name="random", num_features=1024),
+}
+NTK, LIGHT = "NTK-Attention", "NTK-Attention, light start"
+"""An untrained prefix that weighs as much as 32 keys, as the published map makes it with heads of 32, or as one."""
+METHODS = (NTK, LIGHT, "prefix tuning", "P-tuning v2", "LoRA")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """Sizes of the reproduction."""
+
+    lengths: tuple[int, ...] = (16, 128, 1024, 8192)
+    """Keys of the prefix."""
+    repeats: int = 9
+    """Timings of each length."""
+    steps: int = 150
+    """Steps of every fine-tuning."""
+    rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
+    """Learning rates to choose from."""
+    evaluated: int = 64
+    """Rows of validation and of test text."""
+
+
+def run(options: Options) -> dict[str, Any]:
+    """Run, or read what was run before, and write the report."""
+    setting = Setting()
+    if options.quick:
+        setting = Setting(lengths=(16, 64), repeats=3, steps=2, rates=(1e-3, 1e-2), evaluated=2)
+    seeds = options.seeds or (1 if options.quick else 3)
+    runs = Runs(options.folder / "runs" / "ntk-attention")
+    _require_peft()
+    require_matplotlib()
+    base = python_base(options)
+    text = fingerprint({split: reference_texts(split) for split in ("train", "validation", "test")})
+    about = {
+        "error and cost": "one head of size 32, 64 queries; entries of variance 0.09",
+        "base model": f"byte-level Llama of {base.parameters:,} parameters, trained on sources of the library",
+        "adapted to": f"prose of the language reference, {setting.steps} steps of 8 × 128 bytes",
+        "learning rates": f"the best on validation text of {', '.join(f'{rate:g}' for rate in setting.rates)}",
+        "seeds": seeds,
+    }
+    report = _Report("ntk-attention", "NTK-Attention: a prefix of any length as two sums per head", about, setting)
+    report.errors(seeds)
+    sizes = {"lengths": setting.lengths, "repeats": setting.repeats}
+    report.costs(runs("cost of a prefix", 0, sizes, lambda: {"costs": _costs(setting)})["costs"])
+    for method in METHODS:
+
+        def tuned(rate: float, seed: int, method: str = method) -> dict[str, Any]:
+            told = {"steps": setting.steps, "evaluated": setting.evaluated, "base": base.folder.name, "rate": rate}
+            told["text"] = text
+            return runs(method, seed, told, partial(_tune, setting, base, method, rate, seed))
+
+        rate = min(setting.rates, key=lambda rate: tuned(rate, 0)["curve"][-1][1])
+        report.found[method] = [tuned(rate, seed) for seed in range(seeds)]
+    report.tuned(_bits(base.model, _rows("test", setting)))
+    return report.write(options.folder)
+
+
+# ---------------------------------------------------------------------- error and cost
+
+
+def approximation_error(map_: FeatureMap | None, length: int, seed: int) -> float:
+    """Largest error of causal attention of 64 queries (32 wide, entries of variance 0.09, float64) when the sums over a
+    prefix stand for it; None: without any prefix."""
+    generator = torch.Generator().manual_seed(stream_seed(seed, "prefix", length))
+    normal = [0.3 * torch.randn(n, 32, dtype=torch.float64, generator=generator) for n in (64, 64, 64, length, length)]
+    query, key, value, above_key, above_value = (x[None, None] for x in normal)
+    scale, nothing = 32**-0.5, query.new_full(query.shape[:3], float("-inf"))
+    scores = query @ above_key.transpose(-1, -2) * scale
+
+    def attention(answer: Tensor, log_sum: Tensor) -> Tensor:
+        return reference_answered_attention(query, key, value, answer, log_sum, scale=scale, causal=True)
+
+    exact = attention(scores.softmax(-1) @ above_value, scores.logsumexp(-1))
+    if map_ is None:
+        return (attention(torch.zeros_like(query), nothing) - exact).abs().max().item()
+    projection = map_.projection(32, seed)
+    sums = kernel_sums(map_(above_key, scale, projection), above_value, positive=map_.positive)
+    found = attention(*kernel_answer(map_(query, scale, projection), sums, positive=map_.positive))
+    return (found - exact).abs().max().item()
+
+
+def _costs(setting: Setting) -> dict[str, Any]:
+    """CPU time, floating-point operations and bytes of one head's answer to 64 queries of size 32."""
+    query = torch.randn(64, 32)
+
+    def timed(function: Callable[[], Any]) -> dict[str, Any]:
+        function()
+        times = []
+        for _ in range(setting.repeats):
+            began = time.thread_time()
+            for _ in range(20):
+                function()
+            times.append((time.thread_time() - began) / 20 * 1e6)
+        return {"value": statistics.median(times), "unit": "us", "repeats": setting.repeats}
+
+    found: dict[str, Any] = {}
+    for length in setting.lengths:
+        key, value = torch.randn(length, 32), torch.randn(length, 32)
+
+        def prefix(key: Tensor = key, value: Tensor = value) -> Tensor:
+            scores = query @ key.T * 32**-0.5
+            return torch.softmax(scores, -1) @ value + scores.logsumexp(-1, keepdim=True)
+
+        sums = kernel_sums(FeatureMap()(key, 32**-0.5), value, positive=True)
+
+        def standing(sums: Any = sums) -> Any:
+            return kernel_answer(FeatureMap()(query, 32**-0.5), sums, positive=True)
+
+        for name, function, rows, stored in (
+            ("prefix", prefix, length, 2 * length * 32),
+            ("stand-in", standing, 32, 32 * 32 + 32),
+        ):
+            found.setdefault(name, {}).update(
+                {
+                    f"CPU time of an answer, {length} keys": timed(function),
+                    f"operations, {length} keys": {"value": float(4 * 64 * rows * 32), "unit": "FLOP"},
+                    f"stored, {length} keys": {"value": float(4 * stored), "unit": "bytes"},
+                }
+            )
+    return found
+
+
+# ---------------------------------------------------------------------- fine-tuning
+
+
+def _rows(split: Any, setting: Setting) -> Tensor:
+    """Rows of text to evaluate on, ``(rows, 128)``."""
+    return text_rows(reference_texts(split), setting.evaluated, 128)
+
+
+def _adapted(base: BaseModel, method: str, seed: int) -> tuple[Any, int]:
+    """A copy of the base model with an adapter, and the parameters trained (about as many, but for a projection)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream_seed(seed, "adapter"))
+        return _adapt(copy.deepcopy(base.model), method, seed)
+
+
+def _require_peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise MissingExtraError("peft", "peft", "The comparison with prefix tuning and LoRA") from error
+    return peft
+
+
+def _adapt(model: Any, method: str, seed: int) -> tuple[Any, int]:
+    peft = _require_peft()
+    if method in (NTK, LIGHT):
+        attach(model, Config(seed=seed, initial_mass=32.0 if method == NTK else 1.0))
+        return model, parameter_count(model)
+    shape = model.config
+    layers, width, key_width = shape.num_hidden_layers, shape.hidden_size, shape.num_key_value_heads * shape.head_dim
+    budget = layers * shape.num_attention_heads * (shape.head_dim**2 + shape.head_dim)
+    if method == "LoRA":
+        rank = max(1, round(budget / (layers * (3 * width + key_width))))
+        options: Any = peft.LoraConfig(
+            task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules=["q_proj", "v_proj"]
+        )
+    else:
+        options = peft.PrefixTuningConfig(
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=max(1, round(budget / (2 * layers * key_width))),
+            prefix_projection=method == "prefix tuning",
+            encoder_hidden_size=width,
+        )
+    model = peft.get_peft_model(model, options)
+    return model, sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _tune(setting: Setting, base: BaseModel, method: str, rate: float, seed: int) -> dict[str, Any]:
+    """Train an adapter; bits per byte of validation text on the way, and of test text in the end, infinite from where
+    training diverged."""
+    text = torch.tensor(list("\n".join(reference_texts("train").values()).encode()))
+
+    def batches(step: int) -> dict[str, Tensor]:
+        begins = torch.randint(0, len(text) - 128, (8,), generator=stream(seed, "text", step))
+        ids = text[begins[:, None] + torch.arange(128)]
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+    model, count = _adapted(base, method, seed)
+    config = sft.Config(
+        max_steps=setting.steps, learning_rate=rate, warmup_steps=min(10, setting.steps), weight_decay=0
+    )
+    trainer, validation = sft.Trainer(model, config, batches=batches), _rows("validation", setting)
+    every = max(1, setting.steps // 6)
+    curve = [[step, math.inf] for step in range(every, setting.steps + 1, every)]
+    found: dict[str, Any] = {"rate": rate, "curve": curve, "bits_per_byte": math.inf, "parameters": count}
+    try:
+        for step in range(1, setting.steps + 1):
+            trainer.step()
+            if step % every == 0:
+                curve[step // every - 1][1] = _bits(model, validation)
+    except FloatingPointError:  # of too high a rate
+        return found
+    return found | {"bits_per_byte": _bits(model, _rows("test", setting))}
+
+
+@torch.no_grad()
+def _bits(model: Any, ids: Tensor) -> float:
+    """Bits per byte; infinite where training went astray."""
+    model.eval()
+    bits = float(model(input_ids=ids, labels=ids).loss) / math.log(2)
+    return bits if math.isfinite(bits) else math.inf
+
+
+# ---------------------------------------------------------------------- report
+
+
+class _Report(Report):
+    """The report of error, cost and fine-tuning."""
+
+    caption = "error, cost and fine-tuning"
+
+    def __init__(self, name: str, title: str, about: Mapping[str, Any], setting: Setting) -> None:
+        super().__init__(name, title, about)
+        self.setting = setting
+        self.curves: dict[str, list[float]] = {}
+        self.times: dict[str, list[float]] = {}
+        self.found: dict[str, list[dict[str, Any]]] = {}
+
+    def errors(self, seeds: int) -> None:
+        """The error of each map against the length of the prefix."""
+        lengths = self.setting.lengths
+        for name, map_ in MAPS.items():
+            each = [[approximation_error(map_, length, seed) for seed in range(seeds)] for length in lengths]
+            self.curves[name] = [mean_and_error(values)[0] for values in each]
+            for length, values in zip(lengths, each, strict=True):
+                mean, error = mean_and_error([1e3 * value for value in values])
+                words = f"largest error of attention, prefix of {length}"
+                self.record(name, words, mean, error=error, unit="×10⁻³", repeats=seeds)
+            if name.startswith("elu"):
+                gains = [math.log10(first / last) for first, last in zip(each[0], each[-1], strict=True)]
+                words = f"{name}: log10 of the error at {lengths[0]} over that at {lengths[-1]}"
+                self._claim(name, words, gains, "the error falls with the length of the prefix")
+
+    def costs(self, found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
+        """Time, operations and bytes of an answer."""
+        for name, metrics in found.items():
+            for metric, value in metrics.items():
+                self.record(name, metric, **value)
+            self.times[name] = [value["value"] for metric, value in metrics.items() if metric.startswith("CPU time")]
+        short, long = self.setting.lengths[0], self.setting.lengths[-1]
+        self.record(
+            "stand-in",
+            f"CPU time of an answer, {long} keys, over that of their stand-in",
+            self.times["prefix"][-1] / self.times["stand-in"][-1],
+        )
+        words = f"CPU time of an answer, {short} keys, over that for {long}, minus 0.8"
+        kept = self.times["stand-in"][0] / self.times["stand-in"][-1] - 0.8
+        self._claim("stand-in", words, [kept], "cost does not depend on the length of the prefix")
+
+    def tuned(self, before: float) -> None:
+        """Bits per byte after fine-tuning, and the paper's comparisons."""
+        self.record("no adapter", "bits per byte, test", before)
+        for method, runs in self.found.items():
+            mean, error = mean_and_error([run["bits_per_byte"] for run in runs])
+            self.record(method, "bits per byte, test", mean, error=error, repeats=len(runs))
+            self.record(method, "parameters trained", runs[0]["parameters"])
+            self.record(method, "learning rate", runs[0]["rate"])
+        ours = [run["bits_per_byte"] for run in self.found[NTK]]
+        for method in ("prefix tuning", "P-tuning v2", "LoRA"):
+            theirs = [run["bits_per_byte"] for run in self.found[method]]
+            difference = paired(theirs, ours)
+            self.record(
+                NTK,
+                f"bits per byte saved, {method} − NTK-Attention",
+                difference.mean,
+                error=difference.error,
+                repeats=difference.pairs,
+                baseline=method,
+                baseline_value=mean_and_error(theirs)[0],
+                claim=f"superior or competitive to {method}",
+                expected="higher",
+                p_value=difference.p_value,
+            )
+
+    def _claim(self, method: str, words: str, values: Sequence[float], claim: str) -> None:
+        mean, error = mean_and_error(values)
+        self.record(method, words, mean, error=error, repeats=len(values), claim=claim, expected="higher")
+
+    def plot(self, path: Path) -> None:
+        """Error and CPU time against the length of the prefix, and bits per byte against steps."""
+        require_matplotlib()
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(13, 4.6), layout="constrained")
+        FigureCanvasAgg(figure)
+        error, cost, tuning = figure.subplots(1, 3)
+        for axis, lines in ((error, self.curves), (cost, self.times)):
+            for name, values in lines.items():
+                axis.loglog(self.setting.lengths, values, marker="o", label=name)
+        for method, runs in self.found.items():
+            points = list(zip(*(run["curve"] for run in runs), strict=True))
+            means = [mean_and_error([bits for _, bits in point])[0] for point in points]
+            tuning.plot([point[0][0] for point in points], means, marker="o", label=method)
+        for axis, x, y in (
+            (error, "keys of the prefix", "largest error of attention"),
+            (cost, "keys of the prefix", "CPU time, µs"),
+            (tuning, "steps", "bits per byte, validation text"),
+        ):
+            axis.set(xlabel=x, ylabel=y)
+            axis.grid(alpha=0.25)
+            axis.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15))
+        temporary = path.with_name(f".{path.stem}.tmp.png")
+        figure.savefig(temporary, dpi=90, metadata={"Software": None})
+        os.replace(temporary, path)

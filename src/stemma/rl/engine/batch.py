@@ -1,0 +1,148 @@
+"""What the methods of this room share: the batch of rollouts and the four places where a method plugs in.
+
+A method is a choice of prompts, rollout, credit and loss mask; everything else (losses, denominators, accumulation,
+checkpoints) is common. Each place is a plain callable:
+
+- `PromptSource`: which prompts to sample from;
+- `Rollout`: completions of those prompts, with a forced beginning where a method wants one;
+- `Credit`: advantages, one per sequence or one per token;
+- `LossMask`: the completion tokens that get gradient.
+
+A callable that is an object may also have `state_dict` and `load_state_dict` (saved and restored with the trainer),
+`on_evaluate(metrics)` (called after each evaluation) and `metrics(batch)` (numbers to log with each generation).
+
+Shapes: ``N`` sequences, ``T`` padded completion length. Rows of a group are contiguous, in the order of the prompts.
+"""
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from stemma.errors import InvalidBatchError
+from stemma.prefix.tree import PrefixTree
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass
+class RolloutBatch:
+    """Completions of some prompts and what training needs to know about each of their tokens."""
+
+    prompt_ids: list[list[int]]
+    """Token ids of each prompt; a group belongs to one prompt."""
+    group_id: Tensor
+    """(N,) int64, ascending: the row's index in `prompt_ids`."""
+    completion_ids: Tensor
+    """(N, T) int64, right-padded. A row is its forced beginning, then what was sampled, with the end token."""
+    completion_mask: Tensor
+    """(N, T) bool, true on real tokens: a run that begins in column 0."""
+    truncated: Tensor
+    """(N,) bool: cut off at the maximum length, without an end token."""
+    forced_len: Tensor
+    """(N,) int64: leading completion tokens that were not sampled."""
+    sampling_logprobs: Tensor | None = None
+    """(N, T) float32: log-probabilities that the sampler saw."""
+    reward: Tensor | None = None
+    """(N,) float, NaN where unscorable."""
+    advantages: Tensor | None = None
+    """(N,) or (N, T)."""
+    loss_mask: Tensor | None = None
+    """(N, T) bool within `completion_mask`: the tokens that get gradient."""
+    weights: Tensor | None = None
+    """(N, T) float64: see `stemma.rl.engine.losses.token_weights`."""
+    old_logprobs: Tensor | None = None
+    """(N, T) float32: log-probabilities under the policy at the time of sampling, computed by the trainer."""
+    ref_logprobs: Tensor | None = None
+    """(N, T) float32: log-probabilities under the reference model."""
+    entropies: Tensor | None = None
+    """(N, T) float32: entropies in nats under the policy at the time of sampling, where a loss mask asked for them."""
+    norm_mask: Tensor | None = None
+    """(N, T) bool: the tokens that the denominators of the loss count; None: those of `loss_mask`."""
+    retained_len: Tensor | None = None
+    """(N,) int64: leading completion tokens that PPPO trains on."""
+    continuations: "RolloutBatch | None" = None
+    """Other endings of beginnings of this batch's rows: `group_id` is the index of the row that a continuation shares
+    its forced beginning with. They are rewarded, not trained on, and do not outlive the credit."""
+    encoded_tokens: int = 0
+    """Tokens that went through the model for sampling, prompts once each; 0 where a server did it."""
+
+    def __post_init__(self) -> None:
+        size, length = self.completion_ids.shape
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, Tensor):
+                continue
+            expected = ((size,),) if value.ndim == 1 else ((size, length),)
+            if tuple(value.shape) not in expected:
+                raise InvalidBatchError(
+                    f"RolloutBatch.{field.name} has shape {tuple(value.shape)}; completion_ids of shape "
+                    f"({size}, {length}) needs ({size},) or ({size}, {length}) there"
+                )
+        lengths = self.completion_mask.sum(-1)
+        if not torch.equal(self.completion_mask, torch.arange(length, device=lengths.device) < lengths[:, None]):
+            raise InvalidBatchError(
+                "RolloutBatch.completion_mask has a hole; completions are right-padded, so true entries form one run "
+                "from column 0. Tokens that must not be trained on go into loss_mask"
+            )
+        group = self.group_id
+        if size and (group.min() < 0 or group.max() >= len(self.prompt_ids) or (group.diff() < 0).any()):
+            raise InvalidBatchError(
+                f"RolloutBatch.group_id must be ascending indices below {len(self.prompt_ids)}, the number of prompts"
+            )
+        if (self.forced_len > lengths).any():
+            raise InvalidBatchError("RolloutBatch.forced_len exceeds the length of a completion")
+
+    def __len__(self) -> int:
+        return len(self.completion_ids)
+
+    @property
+    def sampled_mask(self) -> Tensor:
+        """(N, T) bool: completion tokens that were sampled, not forced."""
+        columns = torch.arange(self.completion_ids.shape[1], device=self.completion_ids.device)
+        return self.completion_mask & (columns >= self.forced_len[:, None])
+
+    def completions(self) -> list[list[int]]:
+        """Token ids of each completion, unpadded."""
+        lengths = self.completion_mask.sum(-1).tolist()
+        return [ids[:length] for ids, length in zip(self.completion_ids.tolist(), lengths, strict=True)]
+
+    def groups(self, start: int, stop: int) -> "RolloutBatch":
+        """The batch of prompts `start` to `stop` (exclusive), whole groups."""
+        keep = (self.group_id >= start) & (self.group_id < stop)
+        sliced: dict[str, Any] = {
+            field.name: value[keep] if isinstance(value, Tensor) else value
+            for field in fields(self)
+            if (value := getattr(self, field.name)) is not None
+        }
+        sliced |= {"prompt_ids": self.prompt_ids[start:stop], "group_id": sliced["group_id"] - start}
+        return RolloutBatch(**{**sliced, "continuations": None})
+
+    def tree(self, *, trained_only: bool = False) -> PrefixTree:
+        """The prefix tree of prompts and completions; row `i` is its sequence `i`, column `t` its column `t`.
+
+        Args:
+            trained_only: cut every completion behind its last token in `loss_mask`. Later tokens cannot change the
+                log-probabilities of earlier ones, so the loss and its gradient stay the same.
+        """
+        completions = self.completions()
+        if trained_only and self.loss_mask is not None and self.loss_mask.any():
+            columns = torch.arange(1, self.loss_mask.shape[1] + 1, device=self.loss_mask.device)
+            ends = (self.loss_mask * columns).amax(-1).tolist()
+            completions = [ids[:end] for ids, end in zip(completions, ends, strict=True)]
+        responses: list[list[list[int]]] = [[] for _ in self.prompt_ids]
+        for group, completion in zip(self.group_id.tolist(), completions, strict=True):
+            responses[group].append(completion)
+        return PrefixTree.from_groups(self.prompt_ids, responses)
+
+    def to(self, device: torch.device | str) -> "RolloutBatch":
+        """A copy with all tensors on `device`."""
+        state = self.state_dict().items()
+        moved: dict[str, Any] = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in state}
+        return RolloutBatch(**moved)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain lists and tensors, without continuations; `RolloutBatch(**state)` restores the batch."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "continuations"}

@@ -1,0 +1,187 @@
+"""Switch a model to tree attention and back, and compare a small tree with each sequence alone."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from stemma.errors import UnsupportedModelError
+from stemma.models.adapter import IMPLEMENTATION_PREFIX, base_model, implementations, is_enabled, register
+from stemma.models.support import not_dispatching, refuse_unsuitable
+from stemma.prefix.tree import PrefixTree
+from stemma.scoring.forward import ForwardSettings, Targets, plain_forward, tree_forward
+
+__all__ = ["SelfTest", "disable", "enable", "while_enabled"]
+
+
+_lock = threading.RLock()
+"""Held while a model changes its attention implementation."""
+
+
+def enable(model: Any, *, self_test: bool = True) -> Any:
+    """Let a Hugging Face decoder run over prefix trees; everything else about the model stays as it is.
+
+    Call this before threads share the model: switching attention under another thread's forward is not safe.
+
+    Args:
+        model: a causal language model of transformers, plain or wrapped (PEFT, DDP, FSDP). Changed in place: its
+            attention implementation becomes a dispatching one around the present one, in each part of the model.
+        self_test: compare a small tree with each of its sequences alone at once (a few short forwards without
+            gradient). Skipped for models whose weights are not materialised (meta device, sharded).
+
+    Returns:
+        The same model.
+
+    Raises:
+        UnsupportedModelError: the model does not dispatch its attention, is an encoder or an encoder-decoder, or fails
+            the self-test; the message names the model type and the reason. The model is left as it was.
+    """
+    inner = base_model(model)
+    with _lock:
+        if not is_enabled(model):
+            refuse_unsuitable(inner)
+            before, after = implementations(inner.config, str), implementations(inner.config, register)
+            test = None
+            if self_test and _materialised(inner):
+                test = SelfTest(model)  # its reference comes from the model as it is
+            try:
+                inner.set_attn_implementation(after)
+                if not is_enabled(model):
+                    raise not_dispatching(inner)
+                if test is not None:
+                    test.run()
+            except BaseException:  # Ctrl-C too
+                inner.set_attn_implementation(before)
+                raise
+    return model
+
+
+def disable(model: Any) -> Any:
+    """Undo :func:`enable`: give the model its original attention implementation back. Returns the model."""
+    inner = base_model(model)
+    with _lock:
+        if is_enabled(model):
+            inner.set_attn_implementation(
+                implementations(inner.config, lambda name: name.removeprefix(IMPLEMENTATION_PREFIX))
+            )
+    return model
+
+
+def _materialised(model: PreTrainedModel) -> bool:
+    return not any(p.device.type == "meta" or isinstance(p, DTensor) or p.numel() == 0 for p in model.parameters())
+
+
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 2e-2}
+"""Largest log-probability difference, in nats, that counts as rounding. float64 models keep float32 inside their "
+"norms."""
+
+
+_users: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+"""Blocks of :func:`while_enabled` that run on a model now."""
+
+
+@contextmanager
+def while_enabled(model: Any, *, self_test: bool = True) -> Iterator[None]:
+    """The model enabled for the length of a block, and then as it was; blocks of several threads may overlap.
+
+    Args:
+        model, self_test: as of :func:`stemma.enable`.
+
+    Raises:
+        UnsupportedModelError: as :func:`stemma.enable`.
+    """
+    inner = base_model(model)
+    with _lock:
+        counted = inner in _users or not is_enabled(model)
+        if not is_enabled(model):
+            enable(model, self_test=self_test)
+        if counted:
+            _users[inner] = _users.get(inner, 0) + 1
+    try:
+        yield
+    finally:
+        with _lock:
+            if counted:
+                _users[inner] -= 1
+                if not _users[inner]:
+                    del _users[inner]
+                    disable(model)
+
+
+@contextmanager
+def _without_autocast(model: nn.Module) -> Iterator[None]:
+    """Autocast off, so that weights of one precision are computed with in it; weights of several may need it."""
+    device = base_model(model).get_input_embeddings().weight.device.type
+    mixed = len({p.dtype for p in model.parameters() if p.is_floating_point()}) > 1
+    with torch.autocast(device, enabled=mixed and torch.is_autocast_enabled(device)):
+        yield
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for the length of a comparison; every module's own mode comes back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+class SelfTest:
+    """A tree of three levels against each of its sequences alone, without gradients.
+
+    Made before the attention implementation is changed, so that the reference comes from the model as it was.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.inner = base_model(model)
+        vocabulary = int(self.inner.config.get_text_config().vocab_size)
+        random = np.random.default_rng(0)
+        stem, limb, *tails = (random.integers(0, vocabulary, size=size) for size in (9, 4, 7, 3, 5))
+        sequences = [[stem, limb, tails[0]], [stem, limb, tails[1]], [stem, tails[2]]]
+        self.tree = PrefixTree.from_sequences([np.concatenate(parts) for parts in sequences], min_shared=1)
+        self.alone = self._alone()
+
+    def _alone(self) -> Tensor:
+        rows = [np.array([index]) for index in range(self.tree.num_sequences)]
+        with torch.no_grad(), without_dropout(self.model), _without_autocast(self.model):
+            return torch.cat([plain_forward(self.model, self.tree, row, ForwardSettings())[0] for row in rows])
+
+    def run(self) -> None:
+        """Compare, now that the model dispatches.
+
+        Raises:
+            UnsupportedModelError: they differ by more than rounding, or the model cannot run the tree.
+        """
+        label = f"{type(self.inner).__name__} (model type '{self.inner.config.model_type}')"
+        edges = Targets.of(self.tree)
+        try:
+            with torch.no_grad(), without_dropout(self.model), _without_autocast(self.model):
+                shared, _, _, _ = tree_forward(self.model, self.tree, edges, ForwardSettings())
+        except UnsupportedModelError:
+            raise
+        except Exception as error:
+            raise UnsupportedModelError(
+                f"{label} cannot run over a prefix tree: its forward failed on a packed row without a mask "
+                f"({type(error).__name__}: {error}). Use the plain forward for it."
+            ) from error
+        shared = shared[torch.from_numpy(edges.of_scored).to(shared.device)]
+        tolerance = TOLERANCE.get(self.inner.dtype, 1e-4)
+        for got, kind in ((shared, "over a prefix tree"), (self._alone(), "once its attention is dispatched")):
+            difference = float((self.alone - got).abs().max())
+            if not difference <= tolerance:
+                raise UnsupportedModelError(
+                    f"{label} gives other log-probabilities {kind} (up to {difference:.1e} nats, rounding explains "
+                    f"{tolerance:.0e}). Something besides attention mixes or counts positions in it: recurrence, "
+                    "convolution, or positions that do not come from position_ids. Use the plain forward for it."
+                )

@@ -1,0 +1,203 @@
+"""The planner: shared, streamed or plain, and why.
+
+The estimate is the FLOPs ratio of a padded batch to the tree. Below :data:`WORTH_IT` the tree's extra kernel calls
+would eat the gain, so the plain forward runs. A tree over the token budget is streamed.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from stemma.errors import UnsupportedModelError
+from stemma.models.adapter import base_model, is_enabled
+from stemma.models.limits import check_batch, dynamic_rope_limit, model_shape
+from stemma.models.support import refuse_by_structure
+from stemma.prefix.economy import Economy, economy
+from stemma.prefix.parts import partition, plain_rows
+from stemma.prefix.tree import PrefixTree
+from stemma.scoring.forward import check_model
+
+__all__ = ["WORTH_IT", "Mode", "Plan", "choose_mode", "explain"]
+
+WORTH_IT = 1.05
+"""Smallest FLOPs ratio at which sharing is planned."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How a batch will run."""
+
+    mode: str
+    """"shared", "streamed" or "plain"."""
+    reasons: tuple[str, ...]
+    """Why, one sentence each."""
+    parts: int
+    """Forward calls; for a plain batch under a token budget, micro-batches."""
+    num_sequences: int
+    """Sequences of the tree."""
+    num_nodes: int
+    """Nodes of the tree."""
+    depth: int
+    """Levels of the tree."""
+    economy: Economy
+    """Tokens, pairs, FLOPs and bytes."""
+
+    @property
+    def token_ratio(self) -> float:
+        """Total over unique tokens."""
+        return self.economy.token_ratio
+
+    @property
+    def flops_ratio(self) -> float:
+        """Upper bound of the speed-up over a padded batch."""
+        return self.economy.flops_ratio
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values."""
+        return asdict(self) | {"token_ratio": self.token_ratio, "flops_ratio": self.flops_ratio}
+
+    def __str__(self) -> str:
+        cost = self.economy
+        rows = [
+            ("tokens encoded, padding too", cost.padded_tokens, cost.unique_tokens),
+            ("attention pairs, without it", cost.plain_pairs, cost.shared_pairs),
+            ("positions through the head", cost.plain_scored, cost.shared_scored),
+            ("forward GFLOPs", cost.plain_flops / 1e9, cost.shared_flops / 1e9),
+            ("key/value MiB", cost.plain_key_value_bytes / 2**20, cost.shared_key_value_bytes / 2**20),
+        ]
+        lines = [
+            f"{self.mode}: {self.num_sequences} sequences, {self.num_nodes} nodes on {self.depth} levels, "
+            f"{self.parts} forward call{'s' if self.parts != 1 else ''}",
+            *(f"  {reason}" for reason in self.reasons),
+            f"  {'':28}{'padded':>14}{'shared':>14}{'ratio':>8}",
+        ]
+        for name, plain, shared in rows:
+            form = ",.4g" if isinstance(plain, float) else ",d"
+            lines.append(f"  {name:28}{plain:>14{form}}{shared:>14{form}}{plain / max(shared, 1e-12):>8.2f}")
+        return "\n".join(lines)
+
+
+def explain(model: nn.Module, tree: PrefixTree, *, max_tokens: int | None = None) -> Plan:
+    """Plan a batch without running it. Only shapes, modules and the config of ``model`` are read, so a meta-device
+    model will do.
+
+    Where no self-test of :func:`stemma.enable` has run, a model that config and modules show to be unfit is refused;
+    for others ``reasons`` ends with the reminder that exactness is not checked here.
+
+    Args:
+        model: a causal language model of transformers.
+        tree: the sequences.
+        max_tokens: most tokens in one forward call, or None for no limit.
+
+    Raises:
+        UnsupportedModelError: the model cannot run over a tree.
+        ValueError: ``max_tokens`` below 1.
+    """
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"max_tokens must be at least 1, got {max_tokens}.")
+    inner = base_model(model)
+    tested = is_enabled(model) and not any(parameter.is_meta for parameter in inner.parameters())
+    if not tested:
+        refuse_by_structure(inner)
+    cost = economy(tree, model_shape(inner))
+    parts = 1
+    if cost.flops_ratio < WORTH_IT:
+        mode = "plain"
+        reasons = [
+            f"Sharing would save a factor of {cost.flops_ratio:.2f} in FLOPs, below {WORTH_IT}: each sequence runs "
+            "alone."
+        ]
+        if max_tokens is not None:
+            parts = len(plain_rows(tree, max_tokens))
+    else:
+        mode = "shared"
+        reasons = [
+            f"{cost.padded_tokens / cost.unique_tokens:.2f} times fewer tokens are encoded than in a padded batch"
+            + (f" ({cost.token_ratio:.2f} without its padding)" if cost.padded_tokens > cost.total_tokens else "")
+            + f"; FLOPs bound the speed-up at {cost.flops_ratio:.2f}."
+        ]
+        if max_tokens is not None and tree.unique_tokens > max_tokens:
+            mode = "streamed"
+            parts = _count(partition(tree, max_tokens))
+            rows, tokens = _split(tree, max_tokens)
+            reasons.append(
+                f"{tree.unique_tokens} tokens exceed max_tokens={max_tokens}, so the tree runs part by part. Split "
+                f"into {rows} rows instead (PrefixTree.split) it would be {tokens} tokens, repeated paths counted."
+            )
+    limit = dynamic_rope_limit(model)
+    if limit is not None and tree.lengths.min() <= limit < tree.max_length:
+        reasons.append(
+            f"The model's rotary frequencies depend on the longest sequence of a call beyond {limit} tokens: shorter "
+            "sequences score as in a padded batch with the longer ones, not as alone."
+        )
+    if not tested:
+        reasons.append("Support is not checked here: run `stemma check MODEL`, or stemma.check in Python.")
+    return Plan(
+        mode=mode,
+        reasons=tuple(reasons),
+        parts=parts,
+        num_sequences=tree.num_sequences,
+        num_nodes=tree.num_nodes,
+        depth=tree.depth,
+        economy=cost,
+    )
+
+
+def _split(tree: PrefixTree, max_tokens: int) -> tuple[int, int]:
+    """Rows that the tree would be split into, and their tokens together, each row with the paths it repeats."""
+    rank = np.empty(tree.num_sequences, dtype=np.int64)
+    rank[tree.order] = np.arange(tree.num_sequences)
+    rows = tree.split(max_tokens)
+    tokens = 0
+    for row in rows:
+        low, high = rank[row].min(), rank[row].max() + 1
+        tokens += int(tree.node_length[(tree.node_first < high) & (tree.node_last > low)].sum())
+    return len(rows), tokens
+
+
+def _count(parts: list[Any]) -> int:
+    return sum(1 + _count(part.below) for part in parts)
+
+
+Mode = Literal["auto", "shared", "plain"]
+
+
+def choose_mode(model: nn.Module, tree: PrefixTree, mode: Mode, max_tokens: int | None) -> str:
+    """ "shared", "streamed" or "plain" for a call of :func:`score`, after refusing what cannot be computed."""
+    if mode not in ("auto", "shared", "plain"):
+        raise ValueError(f"mode must be 'auto', 'shared' or 'plain', got {mode!r}.")
+    check_batch(model, tree)
+    if mode == "plain":
+        return "plain"
+    check_model(model)
+    plan = explain(model, tree, max_tokens=max_tokens)
+    chosen = plan.mode
+    if mode == "shared" and chosen == "plain":
+        chosen = "streamed" if max_tokens is not None and tree.unique_tokens > max_tokens else "shared"
+    if chosen == "streamed":
+        _refuse_streaming(model, tree)
+    return chosen
+
+
+def _refuse_streaming(model: nn.Module, tree: PrefixTree) -> None:
+    """Streaming runs forward and backward several times in one step, each rank as often as its own tree asks."""
+    limit = dynamic_rope_limit(model)
+    if limit is not None and tree.max_length > limit:
+        raise UnsupportedModelError(
+            f"The model's rotary frequencies change for calls that reach beyond {limit} tokens (dynamic or longrope "
+            f"scaling), so the parts of a streamed tree of up to {tree.max_length} tokens would not fit together. "
+            "Raise max_tokens until the tree fits one call."
+        )
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise UnsupportedModelError(
+            "A streamed tree makes another number of forward calls on each rank, and a sharded model (FSDP, tensor "
+            "parallel) needs the same number everywhere. Raise max_tokens, or give each rank fewer sequences."
+        )
+    if isinstance(model, nn.parallel.DistributedDataParallel) and model.require_backward_grad_sync:
+        raise UnsupportedModelError(
+            "A streamed tree runs backward several times, and DistributedDataParallel would reduce gradients each "
+            "time. Call it inside model.no_sync() and reduce the gradients afterwards, or raise max_tokens."
+        )

@@ -1,0 +1,220 @@
+"""Streaming: the same scores and gradients in memory that does not grow with the number of branches.
+
+The tree is walked from the root. A part is either a run of neighbouring subtrees under one parent that fit
+``max_tokens`` together, or a single node whose subtrees do not. A node's keys and values are cut out of the graph and
+handed to the parts below it as leaves; each part runs forward and backward and is forgotten, and its gradient with
+respect to those leaves adds up. When all parts below a node are done, one backward through the node carries the sum on.
+What stays in memory is the graph of one path from the root, and of one part.
+
+:func:`streamed_backward` is the training call: the loss of each part's sequences is taken as they come, so every token
+runs forward once and backward once. :func:`stemma.score` streams behind its ordinary interface by running the forward
+without a graph first and once more in the backward, as activation checkpointing does.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from stemma.errors import UnsupportedModelError
+from stemma.prefix.parts import Part, partition
+from stemma.prefix.tree import PrefixTree
+from stemma.scoring.forward import ForwardSettings, Targets, tree_forward
+from stemma.scoring.scores import Scores, make_scores, scalar_loss
+
+__all__ = ["streamed_backward", "streamed_scores"]
+
+Context = dict[nn.Module, tuple[Tensor, Tensor]]
+
+
+@dataclass(eq=False)
+class _Result:
+    """Edge scores of one part, cut out of its graph: whoever uses them leaves gradients in ``.grad``."""
+
+    edges: slice
+    logprobs: Tensor
+    entropies: Tensor | None
+
+
+def _walk(
+    model: nn.Module,
+    tree: PrefixTree,
+    edges: Targets,
+    settings: ForwardSettings,
+    parts: list[Part],
+    consume: Callable[[Part, list[_Result]], None],
+    context: Context,
+    path: list[_Result],
+) -> None:
+    """Forward each part, let ``consume`` use its scores, walk below it, then back-propagate through it."""
+    for part in parts:
+        logprobs, entropies, _, call = tree_forward(
+            model, tree, edges, settings, begin=part.begin, end=part.end, context=context, capture=bool(part.below)
+        )
+        result = _Result(
+            edges.between(part.begin, part.end),
+            _leaf(logprobs),
+            None if entropies is None else _leaf(entropies),
+        )
+        path.append(result)
+        consume(part, path)
+        outputs: list[Tensor] = [logprobs] if entropies is None else [logprobs, entropies]
+        leaves: list[Tensor] = [result.logprobs] if result.entropies is None else [result.logprobs, result.entropies]
+        if part.below:
+            if torch.is_grad_enabled() and call.hidden_graph:
+                raise UnsupportedModelError(
+                    "Streaming needs the graph of the prefix's keys and values, which reentrant activation "
+                    "checkpointing hides: use gradient_checkpointing_kwargs={'use_reentrant': False}."
+                )
+            below: Context = {}
+            for module, pair in call.captured.items():
+                cut = (_leaf(pair[0]), _leaf(pair[1]))
+                below[module] = cut
+                outputs += pair
+                leaves += cut
+            _walk(model, tree, edges, settings, part.below, consume, below, path)
+        path.pop()
+        ends = zip(outputs, leaves, strict=True)
+        used = [(out, leaf.grad) for out, leaf in ends if out.requires_grad and leaf.grad is not None]
+        if used:
+            torch.autograd.backward([out for out, _ in used], [grad for _, grad in used])
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    """The tensor cut out of its graph; it collects a gradient where the graph would."""
+    return tensor.detach().requires_grad_(tensor.requires_grad)
+
+
+def streamed_backward(
+    model: nn.Module,
+    tree: PrefixTree,
+    loss: Callable[[Scores], Tensor],
+    settings: ForwardSettings,
+    max_tokens: int,
+) -> tuple[Tensor, Scores]:
+    """Gradients of a tree over the budget: the loss of each part's sequences is taken as they come.
+
+    Arguments and result as of :func:`stemma.backward`.
+    """
+    edges = Targets.of(tree)
+    sequence_of_scored = np.repeat(np.arange(tree.num_sequences), tree.lengths)[tree.scored]
+    kept, total = _EdgeBuffer(edges, settings), []
+
+    def consume(part: Part, path: list[_Result]) -> None:
+        kept.store(path[-1])
+        if part.sequences.size == 0:
+            return
+        scored = edges.of_scored[np.isin(sequence_of_scored, part.sequences)]
+        # Targets of the path stand one part behind the other; find each scored edge in that row.
+        starts = np.array([result.edges.start for result in path])
+        sizes = np.array([result.edges.stop - result.edges.start for result in path])
+        owner = np.searchsorted(starts, scored, side="right") - 1
+        index = torch.from_numpy(scored - starts[owner] + (np.cumsum(sizes) - sizes)[owner])
+        logprobs = torch.cat([result.logprobs for result in path])
+        entropies = torch.cat([r.entropies for r in path if r.entropies is not None]) if settings.entropy else None
+        index = index.to(logprobs.device)
+        scores = make_scores(
+            tree,
+            logprobs[index],
+            None if entropies is None else entropies[index],
+            sequences=part.sequences,
+            forwarded_tokens=part.end - part.begin,
+            mode="streamed",
+        )
+        value = scalar_loss(loss(scores))
+        if scores.logprobs.requires_grad:  # not so for sequences without a scored token
+            value.backward()
+        total.append(value.detach())
+
+    _walk(model, tree, edges, settings, partition(tree, max_tokens), consume, {}, [])
+    return torch.stack(total).sum(), kept.scores(tree)
+
+
+def streamed_scores(model: nn.Module, tree: PrefixTree, settings: ForwardSettings, max_tokens: int) -> Scores:
+    """Scores of a tree over the budget, with a backward that streams again."""
+    if settings.aux_loss:
+        raise ValueError("The auxiliary loss is not a sum over parts of a batch: raise max_tokens or drop aux_loss.")
+    edges = Targets.of(tree)
+    parts = partition(tree, max_tokens)
+    kept = _EdgeBuffer(edges, settings)
+    with torch.no_grad():
+        _walk(model, tree, edges, settings, parts, lambda _, path: kept.store(path[-1]), {}, [])
+    logprobs, entropies = kept.values()
+    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters()):
+        # Autograd runs the replay only for a result that depends on something with a gradient.
+        anchor = torch.zeros((), device=logprobs.device, requires_grad=True)
+        device = logprobs.device.type
+        dtype, autocast = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+
+        def replay(grad_logprobs: Tensor, grad_entropies: Tensor | None) -> None:
+            def consume(_: Part, path: list[_Result]) -> None:
+                result = path[-1]
+                result.logprobs.grad = grad_logprobs[result.edges]
+                if result.entropies is not None and grad_entropies is not None:
+                    result.entropies.grad = grad_entropies[result.edges]
+
+            # The backward runs outside the caller's autocast; the second forward must be the first one again.
+            with torch.enable_grad(), torch.autocast(device, dtype=dtype, enabled=autocast):
+                _walk(model, tree, edges, settings, parts, consume, {}, [])
+
+        logprobs, replayed = _Replay.apply(anchor, logprobs, entropies, replay)
+        entropies = replayed if settings.entropy else None
+    index = torch.from_numpy(edges.of_scored).to(logprobs.device)
+    return make_scores(
+        tree,
+        logprobs[index],
+        None if entropies is None else entropies[index],
+        forwarded_tokens=tree.unique_tokens,
+        mode="streamed",
+    )
+
+
+class _Replay(torch.autograd.Function):
+    """Values that were computed without a graph; their gradient is handed to a function that streams the backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, anchor: Tensor, logprobs: Tensor, entropies: Tensor | None, replay: Callable[..., None]
+    ) -> tuple[Tensor, Tensor]:
+        ctx.replay = replay
+        ctx.entropy = entropies is not None
+        return logprobs.clone(), (entropies.clone() if entropies is not None else logprobs.new_zeros(0))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropies: Tensor) -> tuple[None, ...]:
+        ctx.replay(grad_logprobs, grad_entropies if ctx.entropy else None)
+        return None, None, None, None
+
+
+class _EdgeBuffer:
+    """Edge scores of all parts, detached, in one row."""
+
+    def __init__(self, edges: Targets, settings: ForwardSettings) -> None:
+        self.edges, self.settings = edges, settings
+        self.parts: list[_Result] = []
+
+    def store(self, result: _Result) -> None:
+        entropies = None if result.entropies is None else result.entropies.detach()
+        self.parts.append(_Result(result.edges, result.logprobs.detach(), entropies))
+
+    def values(self) -> tuple[Tensor, Tensor | None]:
+        ordered = sorted(self.parts, key=lambda result: result.edges.start)
+        logprobs = torch.cat([result.logprobs for result in ordered])
+        return logprobs, (
+            torch.cat([r.entropies for r in ordered if r.entropies is not None]) if self.settings.entropy else None
+        )
+
+    def scores(self, tree: PrefixTree) -> Scores:
+        logprobs, entropies = self.values()
+        index = torch.from_numpy(self.edges.of_scored).to(logprobs.device)
+        return make_scores(
+            tree,
+            logprobs[index],
+            None if entropies is None else entropies[index],
+            forwarded_tokens=tree.unique_tokens,
+            mode="streamed",
+        )

@@ -1,0 +1,25 @@
+"""`stemma run hydragen --quick`: runs, compares equal tokens, reports, and does not repeat what is finished."""
+
+import json
+
+from stemma.decode.generate import run
+from stemma.recipes import hydragen as _recipe_hydragen
+from stemma.recipes._runs import Options
+
+
+def test_the_reproduction_runs_and_finished_runs_are_read(tmp_path, monkeypatch):
+    options = Options(quick=True, output_dir=tmp_path)
+    result = run(options)
+    stored = json.loads((tmp_path / "quick" / "hydragen.json").read_text(encoding="utf-8"))
+    assert stored["measurements"] == result["measurements"]
+    claims = [row["claim"] for row in result["measurements"] if row["claim"]]
+    assert len(claims) == 3
+    found = {(row["method"], row["metric"]): row["value"] for row in result["measurements"]}
+    shared, dense = (found[method, "cache, prefix 128"] for method in (_recipe_hydragen.SHARED, _recipe_hydragen.DENSE))
+    assert shared < dense / 7  # eight rows, one prefix
+
+    def again(*arguments):
+        raise AssertionError(f"measured again: {arguments}")
+
+    monkeypatch.setattr(_recipe_hydragen, "_measure", again)
+    assert run(options)["measurements"] == result["measurements"]
