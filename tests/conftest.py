@@ -37,11 +37,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if no_trl and item.get_closest_marker("trl"):
             item.add_marker(pytest.mark.skip(reason="needs TRL: pip install 'stemma-lm[trl]'"))
+        if item.get_closest_marker("real") and "STEMMA_REAL_MODEL" not in os.environ:
+            item.add_marker(pytest.mark.skip(reason="needs STEMMA_REAL_MODEL=FOLDER of a pretrained causal model"))
         if item.get_closest_marker("gpu"):
             import torch
 
             if not torch.cuda.is_available():
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def real_model() -> str:
+    """The folder of the pretrained causal language model that tests marked `real` load."""
+    return os.environ["STEMMA_REAL_MODEL"]
 
 
 @pytest.fixture(autouse=True)
