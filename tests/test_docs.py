@@ -1,14 +1,17 @@
-"""The pages are true: their Python runs, their command lines parse, their links lead somewhere.
+"""Pages and docstrings are true: their Python runs, their command lines parse, their links lead somewhere.
 
 Conventions for code fences: behind the backticks stands a language and nothing else, as the built site shows other
 fences as text. `python` blocks of a page run in order, in one namespace and an empty folder; those below a line
 `<!-- no-run -->` must compile; in `sh` blocks every `stemma` line must parse and every `./dev` job must exist. A `yaml`
-block that begins with `# name.yaml` is that file for the commands of its page.
+block that begins with `# name.yaml` is that file for the commands of its page. `python` blocks in docstrings follow the
+same rules, each docstring for itself.
 """
 
+import ast
 import contextlib
 import importlib
 import importlib.util
+import inspect
 import io
 import re
 import shlex
@@ -18,7 +21,9 @@ from pathlib import Path
 
 import pytest
 
+import stemma
 from stemma.cli import main as dispatcher
+from stemma.cli.methods import ROOMS, method_files
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -30,29 +35,81 @@ def page_id(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-def blocks(path: Path, language: str) -> list[tuple[bool, str, int]]:
-    """Code blocks of a language: whether they run, the code, and the line where the code starts."""
-    text = path.read_text(encoding="utf-8")
+Block = tuple[bool, str, int]
+"""Whether it runs, its code, and the line where the code starts."""
+
+
+def fenced(text: str, language: str) -> list[Block]:
+    """Code blocks of a language."""
     found = FENCE.finditer(text)
     return [(not m[1], m[3], text.count("\n", 0, m.start(3)) + 1) for m in found if m[2] == language]
+
+
+def blocks(path: Path, language: str) -> list[Block]:
+    return fenced(path.read_text(encoding="utf-8"), language)
 
 
 def with_blocks(language: str) -> list[Path]:
     return [path for path in PAGES if blocks(path, language)]
 
 
-@pytest.mark.parametrize("path", with_blocks("python"), ids=page_id)
-def test_python_of_the_page_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def run(found: list[Block], where: str, first_line: int = 1) -> None:
+    """Run the blocks one after the other in one namespace, and compare what they print with what they say."""
     namespace: dict[str, object] = {"__name__": "page"}
-    for runs, code, line in blocks(path, "python"):
-        compiled = compile("\n" * (line - 1) + code, page_id(path), "exec")
+    for runs, code, line in found:
+        compiled = compile("\n" * (first_line + line - 2) + code, where, "exec")
         if runs:
             with contextlib.redirect_stdout(io.StringIO()) as printed:
                 exec(compiled, namespace)
             # A comment `# prints: ...` states the output of its block, to the letter.
             promised = re.findall(r"# prints: (.*)", code)
-            assert printed.getvalue().splitlines()[: len(promised)] == promised, f"{page_id(path)}:{line}"
+            assert printed.getvalue().splitlines()[: len(promised)] == promised, f"{where}:{first_line + line - 1}"
+
+
+@pytest.mark.parametrize("path", with_blocks("python"), ids=page_id)
+def test_python_of_the_page_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run(blocks(path, "python"), page_id(path))
+
+
+def examples(path: Path) -> dict[str, tuple[list[Block], int]]:
+    """Examples in the docstrings of a module, with the line of the docstring, by the name of what they document."""
+    found = {}
+
+    def look(node: ast.Module | ast.ClassDef | ast.FunctionDef, name: str) -> None:
+        docstring = ast.get_docstring(node)
+        if docstring and fenced(docstring, "python"):
+            found[name] = fenced(docstring, "python"), node.body[0].lineno
+        for inner in node.body:
+            if isinstance(inner, ast.ClassDef | ast.FunctionDef):
+                look(inner, f"{name}.{inner.name}".removeprefix("."))
+
+    look(ast.parse(path.read_text(encoding="utf-8")), "")
+    return found
+
+
+EXAMPLES = [
+    pytest.param(*found, page_id(path), id=f"{page_id(path).removeprefix('src/stemma/').removesuffix('.py')}:{name}")
+    for path in sorted((ROOT / "src").rglob("*.py"))
+    for name, found in examples(path).items()
+]
+
+
+@pytest.mark.parametrize(("found", "line", "where"), EXAMPLES)
+def test_examples_of_the_docstring_run(
+    found: list[Block], line: int, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run(found, where, line)
+
+
+def test_public_names_and_methods_have_examples() -> None:
+    functions = {name for name in stemma.__all__ if inspect.isfunction(getattr(stemma, name))} - {"disable"}  # `enable`
+    names = {name: name for name in (*functions, "SharedPrefix")} | {"PrefixTree": "PrefixTree.from_groups"}
+    for name, documented in names.items():
+        assert documented in examples(Path(importlib.import_module(stemma._PUBLIC[name]).__file__)), name
+    methods = [path for room in ROOMS for path in method_files(ROOT / "src" / "stemma" / room)]
+    assert [page_id(path) for path in methods if not examples(path)] == []
 
 
 @pytest.mark.parametrize("path", PAGES, ids=page_id)

@@ -80,6 +80,17 @@ def generate(
     The tokens are those of ``model.generate`` on the same prompts, padded on the left, up to rounding of the logits:
     greedy, sampled under the same seed, or from beams.
 
+    ```python
+    import stemma
+    from stemma.models.tiny import byte_tokenizer, tiny_model
+
+    model, tokenizer = tiny_model("llama"), byte_tokenizer()
+    prompts = ["Tell me about rivers. Short:", "Tell me about rivers. Long:"]
+    out = stemma.generate(model, tokenizer, prompts, max_new_tokens=4, num_return_sequences=3, do_sample=True)
+    print(len(out.texts), "prompts,", len(out.texts[0]), "samples of each")
+    # prints: 2 prompts, 3 samples of each
+    ```
+
     Padding never reaches attention, so a tokenizer without a pad token will do: rows are padded with the pad token of
     the generation config, else of the tokenizer, else with the first end-of-sequence token, else with id 0. Rows end at
     the end-of-sequence tokens of the generation config, else of the tokenizer.

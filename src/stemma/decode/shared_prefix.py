@@ -40,8 +40,20 @@ Context = dict[nn.Module, tuple[Tensor, Tensor]]
 class SharedPrefix:
     """Token ids and, for each attention module of one model, their keys and values.
 
-    Made by :meth:`from_ids` and :meth:`extend`. A handle holds only what its last step added; the steps above it are
-    shared with the handle it came from. Its tensors are never written.
+    Made by `from_ids` and `extend`. A handle holds only what its last step added; the steps above it are shared with
+    the handle it came from. Its tensors are never written.
+
+    ```python
+    import stemma
+    from stemma.models.tiny import tiny_model
+
+    model = stemma.enable(tiny_model("llama"))
+    document = stemma.SharedPrefix.from_ids(model, list(range(100)))
+    out = stemma.generate(model, None, [[7, 8], [9]], prefix=document, max_new_tokens=4)
+    chapter = document.extend([1, 2, 3])  # the document's keys and values are not copied
+    print(document.length, chapter.length)
+    # prints: 100 103
+    ```
     """
 
     def __init__(self, model: nn.Module, above: "SharedPrefix | None", ids: np.ndarray, context: Context) -> None:

@@ -6,11 +6,9 @@ tokens contiguous, and all tokens below it contiguous behind them. The tree is f
 sorted as big-endian byte strings, neighbours are compared once, and a stack over the rows opens and closes the nodes,
 so the Python loop runs over sequences and never over tokens.
 
-A shared run shorter than ``min_shared`` is not made a node (each branch keeps its own copy of it): two responses that
+A shared run shorter than `min_shared` is not made a node (each branch keeps its own copy of it): two responses that
 happen to begin alike would cost two more kernel calls and save a handful of tokens. Results do not depend on it.
-
-Trade-off: building sorts whole rows, which is ``O(N log N)`` comparisons of up to a row's length. That is milliseconds
-for hundreds of rows of thousands of tokens, and needs no knowledge about which rows belong to one group.
+Building sorts whole rows: milliseconds for hundreds of rows of thousands of tokens.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,8 +27,8 @@ __all__ = ["PrefixTree"]
 class PrefixTree:
     """A radix tree over ``N`` token sequences with ``R`` nodes and ``T`` packed (distinct) tokens.
 
-    Build one with :meth:`from_sequences`, :meth:`from_groups` or :meth:`from_padded`. Arrays are numpy int64 unless
-    noted. "Flat" arrays run over all tokens of all sequences, one sequence behind the other.
+    Build one with `from_sequences`, `from_groups` or `from_padded`. Arrays are numpy int64 unless noted. "Flat" arrays
+    run over all tokens of all sequences, one sequence behind the other.
     """
 
     tokens: np.ndarray
@@ -66,8 +64,6 @@ class PrefixTree:
     min_shared: int
     """Shortest shared run that became a node."""
 
-    # ------------------------------------------------------------------ builders
-
     @classmethod
     def from_sequences(cls, sequences: Sequence[Any], *, min_shared: int = 8) -> "PrefixTree":
         """Build the tree of whole sequences; every token behind the first of its sequence is scored.
@@ -93,6 +89,14 @@ class PrefixTree:
 
         Sequences are numbered prompt by prompt, response by response. An empty response is allowed (it has no scored
         token), and so is a prompt without responses (it is left out).
+
+        ```python
+        from stemma import PrefixTree
+
+        tree = PrefixTree.from_groups([list(range(100))], [[[7, 8, 9], [7, 5], [4]]])
+        print(tree.num_sequences, "sequences,", tree.total_tokens, "tokens,", tree.unique_tokens, "distinct")
+        # prints: 3 sequences, 306 tokens, 106 distinct
+        ```
 
         Args:
             prompts: ``B`` runs of token ids.
@@ -247,8 +251,6 @@ class PrefixTree:
             packed_tokens=packed_tokens,
             min_shared=min_shared,
         )
-
-    # ------------------------------------------------------------------ sizes
 
     @property
     def num_sequences(self) -> int:

@@ -16,7 +16,29 @@ What we changed: the denominators of every loss but bnpo are those of the whole 
 accumulation and process count do not change the loss; a group is never split between micro-batches or processes;
 prompts are token ids and never travel through text. Under FSDP2 every process holds a whole copy of the policy while it
 samples (see `stemma.train.sharding`). Option names and meanings follow TRL 1.16's `GRPOConfig`, without
-the prefix ``vllm_`` where any sampler is meant.
+the prefix `vllm_` where any sampler is meant.
+
+```python
+from stemma.models.tiny import byte_tokenizer, tiny_model
+from stemma.rl.grpo import Config, ShuffledRows, Trainer
+
+tokenizer = byte_tokenizer()
+model = tiny_model("llama", vocab_size=len(tokenizer))  # or AutoModelForCausalLM.from_pretrained(...)
+rows = [{"prompt_ids": tokenizer.encode(f"one, two, three, {word}")} for word in ("four", "five")]
+
+
+def has_comma(completions, **columns):
+    return [float("," in text) for text in completions]
+
+
+config = Config(max_steps=1, num_generations=4, per_device_train_batch_size=8, max_completion_length=6)
+trainer = Trainer(
+    model, config, prompts=ShuffledRows(rows, seed=0), reward_funcs=has_comma, processing_class=tokenizer
+)
+metrics = trainer.step()
+print(metrics["tokens/sampled"] > 0)
+# prints: True
+```
 """
 
 from stemma.rl.engine.batch import RolloutBatch

@@ -24,6 +24,17 @@ on problems that the final figure does not use.
 
 Problem, beginnings, continuations are a prefix tree of three levels; sampling encodes the problem once. Relations: tree
 credit may be the wrapped credit. Rows with forced tokens (Prefix-RFT) are refused, for their beginning was not sampled.
+
+```python
+import torch
+from stemma.rl.pppo import accumulated_reward, retained_lengths
+
+print(retained_lengths(torch.tensor([40, 100]), eta=0.15).tolist())  # tokens of each output that are trained on
+# prints: [6, 15]
+outputs, continuations = torch.tensor([1.0, 0.0]), torch.tensor([1.0, 0.0, 1.0, 0.0, 0.0, 1.0])
+print(accumulated_reward(outputs, continuations, torch.tensor([0, 0, 0, 1, 1, 1]), num_continuations=3).tolist())
+# prints: [3.0, 1.0]
+```
 """
 
 import math

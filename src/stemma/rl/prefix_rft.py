@@ -29,6 +29,17 @@ teach that the demonstration is wrong.
 Be fair when comparing: arXiv 2604.23747 (2026) found the supervised baselines of this literature damaged by two bugs,
 and supervised then reinforcement learning ahead once they were mended. Relations: PrefixRL has the prefix in the
 prompt, for all rows of a group, and never trains on it. Tree credit composes with prefix_advantage="group".
+
+```python
+import torch
+from stemma.rl.prefix_rft import prefix_length, ratio_low, top_entropy
+
+print(prefix_length(0.4, demonstration_length=50), ratio_low(step=100, total_steps=100))
+# prints: 20 0.05
+entropies = torch.tensor([[0.1, 2.0, 0.3, 0.2, 1.0]])  # of the forced tokens of a row
+print(top_entropy(entropies, torch.ones(1, 5, dtype=torch.bool), quantile=0.2).tolist())
+# prints: [[False, True, False, False, False]]
+```
 """
 
 import math

@@ -23,6 +23,18 @@ operations as the paper does, with D all sampled tokens and each prompt once per
 Relations: a choice of prompts alone, so any rollout, credit (such as the tree credit of TEMPO) and loss of the trainer
 goes with it. Prefix-RFT trains on its prefixes, PrefixRL never does. The shared forward encodes problem and prefix once
 per group.
+
+```python
+from stemma.data.traces import Trace
+from stemma.rl.prefix_rl import build_prefixed_problems
+
+trace = Trace(prompt_ids=[1, 2, 3], trace_ids=list(range(10, 30)), verified=True)
+problems = build_prefixed_problems([trace], cuts_per_problem=3, ratio=(0.4, 0.8))
+for row in problems:  # three that begin with 8 to 16 tokens of the solution, and the problem itself
+    assert row["prompt_ids"] == [1, 2, 3, *row.get("prefix_ids", [])]
+print(len(problems))
+# prints: 4
+```
 """
 
 from collections.abc import Callable, Iterable, Sequence

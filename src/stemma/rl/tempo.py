@@ -30,6 +30,18 @@ Relations: the tree is a second one beside that of the forward pass. That one ho
 tokens, where a node costs more than it saves, and is built per micro-batch, after credit; here a single shared token
 counts. Building it takes a few milliseconds where sampling took seconds. Monte Carlo methods (VinePPO, TreeRPO) sample
 further completions to estimate the same values; GAE learns them.
+
+```python
+import torch
+from stemma.rl.tempo import tree_td_advantages
+
+completions = torch.tensor([[5, 1], [5, 2], [6, 1], [6, 2]])  # one group; those that begin with 5 are mostly right
+rewards = torch.tensor([1.0, 1.0, 1.0, 0.0])
+mask, group = torch.ones(4, 2, dtype=torch.bool), torch.zeros(4, dtype=torch.long)
+advantages = tree_td_advantages(rewards, completions, mask, group, scale_rewards="none")
+print(advantages.tolist())  # a row per completion, a column per token
+# prints: [[0.5, 0.25], [0.5, 0.25], [0.0, 0.75], [-1.0, -1.25]]
+```
 """
 
 from dataclasses import dataclass

@@ -108,6 +108,16 @@ def check(model: nn.Module, tree: PrefixTree | None = None, *, repeats: int = 3,
 
     The model comes back as it was: modes, gradients and, if it was not enabled before, its attention implementation.
 
+    ```python
+    import stemma
+    from stemma.models.tiny import tiny_model
+
+    tree = stemma.PrefixTree.from_groups([list(range(100))], [[[7, 8, 9], [7, 5]]])
+    report = stemma.check(tiny_model("llama"), tree)
+    print(report.ok, report.max_logprob_difference <= report.logprob_tolerance)
+    # prints: True True
+    ```
+
     Args:
         model: a causal language model of transformers.
         tree: the batch (default: two random prompts of 256 tokens with four random responses of 64).

@@ -30,6 +30,16 @@ def enable(model: Any, *, self_test: bool = True) -> Any:
 
     Call this before threads share the model: switching attention under another thread's forward is not safe.
 
+    ```python
+    import stemma
+    from stemma.models.tiny import tiny_model
+
+    model = stemma.enable(tiny_model("qwen3"))  # or AutoModelForCausalLM.from_pretrained(...)
+    print(model.config._attn_implementation)
+    # prints: stemma_sdpa
+    stemma.disable(model)
+    ```
+
     Args:
         model: a causal language model of transformers, plain or wrapped (PEFT, DDP, FSDP). Changed in place: its
             attention implementation becomes a dispatching one around the present one, in each part of the model.
@@ -64,7 +74,7 @@ def enable(model: Any, *, self_test: bool = True) -> Any:
 
 
 def disable(model: Any) -> Any:
-    """Undo :func:`enable`: give the model its original attention implementation back. Returns the model."""
+    """Undo `enable`: give the model its original attention implementation back. Returns the model."""
     inner = base_model(model)
     with _lock:
         if is_enabled(model):

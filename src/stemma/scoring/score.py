@@ -33,16 +33,29 @@ def score(
 ) -> Scores:
     """Log-probabilities of the tree's scored tokens, the same as from each sequence alone, to rounding.
 
+    ```python
+    import stemma
+    from stemma.models.tiny import tiny_model
+
+    model = stemma.enable(tiny_model("llama"))
+    tree = stemma.PrefixTree.from_groups([list(range(100))], [[[7, 8, 9], [7, 5]]])
+    scores = stemma.score(model, tree)
+    loss = -scores.padded().sum()  # (sequences, longest response), 0 behind a shorter response
+    loss.backward()
+    print(scores.padded().shape, scores.forwarded_tokens, "of", tree.total_tokens)
+    # prints: torch.Size([2, 3]) 104 of 205
+    ```
+
     Args:
-        model: a causal language model of transformers on which :func:`stemma.enable` was called.
+        model: a causal language model of transformers on which `stemma.enable` was called.
         tree: the sequences.
         temperature: logits are divided by it.
         entropy: give entropies too.
         aux_loss: give the auxiliary loss of a mixture-of-experts model too, exact for repeated prefixes.
         max_tokens: most tokens in one forward call. A larger tree is streamed: a few more passes over shared prefixes,
             memory independent of the number of branches. Streamed gradients arrive in ``.grad`` when the result is
-            back-propagated with ``.backward()``; ``torch.autograd.grad`` is not served. :func:`stemma.backward` streams
-            without computing the forward twice.
+            back-propagated with `.backward()`; `torch.autograd.grad` is not served. `stemma.backward` streams without
+            computing the forward twice.
         mode: "auto" plans, "shared" always shares, "plain" runs each sequence alone in a padded batch.
 
     Returns:
@@ -99,10 +112,25 @@ def backward(
     max_tokens: int | None = None,
     mode: Mode = "auto",
 ) -> tuple[Tensor, Scores]:
-    """Score, take a loss and back-propagate it into ``.grad``, streaming when the tree exceeds ``max_tokens``.
+    """Score, take a loss and back-propagate it into `.grad`, streaming when the tree exceeds `max_tokens`.
+
+    ```python
+    import torch
+    import stemma
+    from stemma.models.tiny import tiny_model
+
+    model = stemma.enable(tiny_model("llama"))
+    tree = stemma.PrefixTree.from_groups([list(range(100))], [[[7, 8, 9], [7, 5]]])
+    advantages = torch.tensor([1.0, -1.0])
+    value, scores = stemma.backward(
+        model, tree, lambda scores: -(scores.logprobs * advantages[scores.sequence]).sum() / 2, max_tokens=64
+    )
+    print(scores.mode, len(scores.logprobs))
+    # prints: streamed 5
+    ```
 
     Args:
-        model, tree, temperature, entropy, aux_loss, max_tokens, mode: as in :func:`stemma.score`.
+        model, tree, temperature, entropy, aux_loss, max_tokens, mode: as in `stemma.score`.
         loss: maps scores to a scalar. When streaming it is called with the scores of some sequences at a time, so it
             must be a sum over sequences with denominators fixed beforehand; every sequence comes exactly once.
 
@@ -110,7 +138,7 @@ def backward(
         The loss (summed over calls, detached) and the scores of all sequences, detached.
 
     Raises:
-        UnsupportedModelError, InvalidBatchError: as in :func:`stemma.score`.
+        UnsupportedModelError, InvalidBatchError: as in `stemma.score`.
         ValueError: the loss is not a scalar tensor.
     """
     settings = ForwardSettings(temperature, entropy, aux_loss)

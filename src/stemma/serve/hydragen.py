@@ -19,7 +19,19 @@ What we changed and why:
 - It is a transformers cache, so `generate` itself decodes: its processors, stopping criteria, sampling, beams.
 - Low-precision answers are merged in float32, not in the precision of the model.
 
-Relations: :mod:`stemma.attention.tree` is the same decomposition with gradients.
+Relations: `stemma.attention.tree` is the same decomposition with gradients.
+
+```python
+from stemma.models.tiny import tiny_model
+from stemma.serve.hydragen import Config, generate
+
+document = list(range(200))
+out = generate(
+    tiny_model("llama"), None, [document + [1], document + [2]], max_new_tokens=4, sharing=Config(share="always")
+)
+print(out.report.row_tokens, "tokens in rows,", out.report.encoded_tokens, "encoded")
+# prints: 400 tokens in rows, 200 encoded
+```
 """
 
 from stemma.decode.generate import Config, Generations, generate, prompt_ids

@@ -25,7 +25,16 @@ never masked, as it predicts the first token behind it from the same logits; tok
 without a masked token has a loss (the published code skips the one and gives NaN for the other).
 
 Relations: prompts that ask about one context begin alike, so that `stemma.generate` encodes and keeps their copies of
-it once, unless the question comes first. The state after the prefix is what a prefix answers here in place of keys.
+it once, unless the question comes first. The model keeps a state of fixed size after the prefix, and no keys.
+
+```python
+from stemma.pretrain.jrt import Config, jrt_text
+
+prompts = jrt_text("The dial turned left at noon.", ["When did it turn?"], config=Config(repeats=2))
+print(prompts[0])
+# prints: The dial turned left at noon.
+# prints: The dial turned left at noon. When did it turn?
+```
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,5 +1,6 @@
 """TRL's `GRPOTrainer` and `RLOOTrainer` with every shared prefix encoded once: one import line changes.
 
+<!-- no-run -->
 ```python
 from stemma.rl.trl import GRPOTrainer  # instead of: from trl import GRPOTrainer
 ```

@@ -28,7 +28,22 @@ What we changed and why:
 - "blend" computes the tokens anew whose estimated keys are furthest off, as CacheBlend (arXiv 2405.16444) does;
   ``max_error`` falls back to a dense prefill by the same measure.
 
-One prompt at a time. Relations: exact reuse of common beginnings is :mod:`stemma.decode.generate`.
+One prompt at a time. Relations: exact reuse of common beginnings is `stemma.decode.generate`.
+
+```python
+from stemma.models.tiny import byte_tokenizer, tiny_model
+from stemma.serve.kvcomm import Config, KVComm
+
+model, tokenizer = tiny_model("llama"), byte_tokenizer()
+comm = KVComm(model, tokenizer, config=Config(min_anchors=1))
+reader = comm.agent("reader", "Read this.\\n{document}\\nSummary:")
+for text in ("The library opens at nine.", "The museum closes at six."):  # the first is encoded, and learned from
+    prefill = reader.prefill({"document": comm.content(text)})
+    answer = model.generate(**prefill.inputs, past_key_values=prefill.cache, max_new_tokens=4, do_sample=False)
+    print(prefill.mode)
+# prints: dense
+# prints: reuse
+```
 """
 
 from collections.abc import Mapping, Sequence

@@ -116,6 +116,21 @@ def compress(
     To go on with `generate`, leave out the last token of each prompt here: a model needs a token to predict from. What
     follows may be longer, such as a question about a document.
 
+    ```python
+    import torch
+    import stemma
+    from stemma.models.tiny import tiny_model
+    from stemma.serve.prefix_kv import Config, compress
+
+    model, ids = stemma.enable(tiny_model("llama")), torch.arange(200)[None]
+    cache = compress(model, ids[:, :-1], Config(keep=0.25))
+    tokens = model.generate(
+        ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=8, pad_token_id=0
+    )
+    print(tokens.shape)
+    # prints: torch.Size([1, 208])
+    ```
+
     Args:
         model: an enabled model (:func:`stemma.enable`) in evaluation mode.
         rows: token ids of each row, of any lengths and without padding; a tensor ``(rows, length)`` where all have one.

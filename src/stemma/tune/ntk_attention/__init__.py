@@ -152,7 +152,17 @@ def attach(
 ) -> Any:
     """Give attention modules a prefix, as sub-modules whose parameters travel with the model's.
 
-    A model can have several, each under its name; the new one becomes the active one (:func:`set_adapter`).
+    A model can have several, each under its name; the new one becomes the active one (`set_adapter`).
+
+    ```python
+    from stemma.models.tiny import tiny_model
+    from stemma.tune.ntk_attention import Config, attach, parameter_count, save_adapter
+
+    model = attach(tiny_model("llama"), Config(per="key_head"))  # now train it as any model, then:
+    save_adapter(model, "adapter")
+    print(parameter_count(model), "of", sum(p.numel() for p in model.parameters()), "parameters are trained")
+    # prints: 2176 of 166592 parameters are trained
+    ```
 
     Args:
         model: a causal language model of transformers, plain or wrapped; enabled if it is not (:func:`stemma.enable`).
