@@ -13,7 +13,7 @@ from stemma.attention.kernels import _math_forward, block_forward
 DTYPES = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
 
-def answer(keys, values, query):
+def partial(keys, values, query):
     """Attention of one query over some keys; none: output 0, log-sum-exp -inf."""
     if keys.shape[0] == 0:
         return torch.zeros(values.shape[1], dtype=values.dtype), torch.tensor(-math.inf, dtype=values.dtype)
@@ -27,8 +27,8 @@ def test_merging_is_attention_over_all_keys_in_any_order(sizes, scale, seed):
     keys = torch.randn(sum(sizes), 3, dtype=torch.float64, generator=generator) * scale
     values = torch.randn(sum(sizes), 2, dtype=torch.float64, generator=generator)
     query = torch.randn(3, dtype=torch.float64, generator=generator)
-    parts = [answer(k, v, query) for k, v in zip(keys.split(sizes), values.split(sizes))]
-    expected, expected_sum = answer(keys, values, query)
+    parts = [partial(k, v, query) for k, v in zip(keys.split(sizes), values.split(sizes))]
+    expected, expected_sum = partial(keys, values, query)
     forward = parts[0]
     for part in parts[1:]:
         forward = merge(*forward, *part)
@@ -59,7 +59,7 @@ def test_numbers_that_are_none_do_not_vanish_in_a_merge():
 
 @st.composite
 def cases(draw):
-    """Rows, new tokens, heads, runs of rows with shared keys, an order of rows, sinks, a soft-cap, a further answer."""
+    """Rows, new tokens, heads, runs of rows with shared keys, an order of rows, sinks, a soft-cap, other keys."""
     rows, new, key_heads = draw(st.integers(1, 5)), draw(st.integers(1, 3)), draw(st.integers(1, 2))
     runs = []
     for _ in range(draw(st.integers(0, 4))):
@@ -76,7 +76,7 @@ def cases(draw):
         "order": draw(st.one_of(st.none(), st.permutations(range(rows)))),
         "softcap": draw(st.sampled_from([None, 1.5])),
         "sinks": draw(st.booleans()),
-        "answer": draw(st.sampled_from(["none", "all heads", "all but the first head"])),
+        "partial": draw(st.sampled_from(["none", "all heads", "all but the first head"])),
         "padded": draw(st.booleans()),
         "dtype": draw(st.sampled_from(list(DTYPES))),
     }
@@ -112,17 +112,17 @@ def test_decode_attention_is_the_reference(case, seed):
         "softcap": case["softcap"],
         "sinks": normal(key_heads * group) if case["sinks"] else None,
     }
-    if case["answer"] != "none":
-        answer, sums = normal(rows, key_heads * group, new, dim), 2 * normal(rows, key_heads * group, new)
-        if case["answer"] != "all heads":
+    if case["partial"] != "none":
+        partial, sums = normal(rows, key_heads * group, new, dim), 2 * normal(rows, key_heads * group, new)
+        if case["partial"] != "all heads":
             sums[:, 0] = -math.inf
         wide = torch.promote_types(dtype, torch.float32)
-        options["answer"] = (answer.to(wide), sums.to(wide))
+        options["partial"] = (partial.to(wide), sums.to(wide))
     got = decode_attention(query, key, value, segments, **options)
     doubles = [x.double() for x in (query, key, value)]
     options = {name: x.double() if isinstance(x, torch.Tensor) else x for name, x in options.items()}
-    if "answer" in options:
-        options["answer"] = tuple(x.double() for x in options["answer"])
+    if "partial" in options:
+        options["partial"] = tuple(x.double() for x in options["partial"])
     segments = [Segment(s.key.double(), s.value.double(), s.queries) for s in segments]
     expected = reference_decode_attention(*doubles, segments, **options)
     assert got.dtype == dtype

@@ -1,4 +1,4 @@
-"""Feature maps, their sums, and attention merged with a further answer."""
+"""Feature maps, their sums, and attention merged with attention over other keys."""
 
 import math
 
@@ -11,10 +11,10 @@ from torch import Tensor
 from stemma.attention.kernelized import (
     FeatureMap,
     KernelSums,
-    answered_attention,
-    kernel_answer,
+    attention_with_partial,
+    kernel_attention,
     kernel_sums,
-    reference_answered_attention,
+    reference_attention_with_partial,
     taylor_features,
 )
 from stemma.errors import UnsupportedModelError
@@ -47,13 +47,13 @@ def plain(map_: FeatureMap, x: Tensor, scale: float) -> Tensor:
 
 
 @pytest.mark.parametrize("map_", MAPS, ids=str)
-def test_answer_is_the_papers_formula(map_: FeatureMap) -> None:
+def test_kernel_attention_is_the_papers_formula(map_: FeatureMap) -> None:
     query, key, value = normal(0, 5, 8), normal(1, 11, 8), normal(2, 11, 6)
     phi_q, phi_k = plain(map_, query, 0.3), plain(map_, key, 0.3)
     total, mass = phi_k.T @ value, phi_k.sum(0)
     sums = kernel_sums(features(map_, key, 0.3), value, positive=map_.positive)
-    answer, log_sum = kernel_answer(features(map_, query, 0.3), sums, positive=map_.positive)
-    torch.testing.assert_close(answer, phi_q @ total / (phi_q @ mass)[:, None], rtol=1e-12, atol=1e-12)
+    partial, log_sum = kernel_attention(features(map_, query, 0.3), sums, positive=map_.positive)
+    torch.testing.assert_close(partial, phi_q @ total / (phi_q @ mass)[:, None], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(log_sum, (phi_q @ mass).log(), rtol=1e-12, atol=1e-12)
 
 
@@ -82,12 +82,12 @@ def test_random_features_estimate_the_exponential() -> None:
 
 
 def test_an_exact_kernel_reproduces_softmax_attention() -> None:
-    """With one feature per query of a finite set, log phi_i(k) = score of query i, the answer is exact."""
+    """With one feature per query of a finite set, log phi_i(k) = score of query i, the result is exact."""
     query, key, value = normal(8, 6, 4), normal(9, 9, 4), normal(10, 9, 3)
     lookup = torch.full((6, 6), float("-inf"), dtype=DOUBLE).fill_diagonal_(0.0)
-    answer, log_sum = kernel_answer(lookup, kernel_sums(key @ query.T * 0.5, value, positive=True), positive=True)
+    partial, log_sum = kernel_attention(lookup, kernel_sums(key @ query.T * 0.5, value, positive=True), positive=True)
     expected, expected_sum = softmax_attention(query, key, value, 0.5)
-    torch.testing.assert_close(answer, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(partial, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(log_sum, expected_sum, rtol=1e-12, atol=1e-12)
 
 
@@ -115,8 +115,8 @@ def test_scaling_the_sums_shifts_the_log_sum_exp() -> None:
     phi = features(FeatureMap(), normal(11, 5, 4), 0.5)
     sums = kernel_sums(features(FeatureMap(), normal(12, 7, 4), 0.5), normal(13, 7, 4), positive=True)
     scaled = KernelSums(sums.key + 3.0, sums.value)  # Z and k times e^3
-    (answer, log_sum), (same, shifted) = (kernel_answer(phi, s, positive=True) for s in (sums, scaled))
-    torch.testing.assert_close((same, shifted), (answer, log_sum + 3.0))
+    (partial, log_sum), (same, shifted) = (kernel_attention(phi, s, positive=True) for s in (sums, scaled))
+    torch.testing.assert_close((same, shifted), (partial, log_sum + 3.0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
@@ -126,8 +126,8 @@ def test_huge_scores_are_finite_with_their_gradients(map_: FeatureMap, dtype: to
     query = (query * 1000).requires_grad_()
     for shift in (1000.0, -1000.0):
         sums = kernel_sums(features(map_, key + shift, 1.0), value, positive=True)
-        answer, log_sum = kernel_answer(features(map_, query, 1.0), sums, positive=True)
-        output = answered_attention(query, key, value, answer, log_sum, scale=1.0, causal=True)
+        partial, log_sum = kernel_attention(features(map_, query, 1.0), sums, positive=True)
+        output = attention_with_partial(query, key, value, partial, log_sum, scale=1.0, causal=True)
         (grad,) = torch.autograd.grad(output.sum(), query)
         assert output.isfinite().all()
         assert grad.isfinite().all()
@@ -147,7 +147,7 @@ def test_weights_that_are_not_positive_are_refused() -> None:
         features(FeatureMap(name="taylor"), torch.tensor([[9.0, 0.0]]), 1.0), torch.ones(1, 2), positive=False
     )
     with pytest.raises(UnsupportedModelError, match="not positive"):
-        kernel_answer(phi, sums, positive=False)
+        kernel_attention(phi, sums, positive=False)
 
 
 def padding(rows: int, queries: int, keys: int) -> Tensor:
@@ -161,12 +161,12 @@ def padding(rows: int, queries: int, keys: int) -> Tensor:
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("key_heads", [1, 2, 4])
 def test_merged_attention_and_every_gradient(key_heads: int, masked: bool, softcap: float | None) -> None:
-    query, answer = normal(0, 2, 4, 5, 8), normal(1, 2, 4, 5, 8)
+    query, partial = normal(0, 2, 4, 5, 8), normal(1, 2, 4, 5, 8)
     key, value = normal(2, 2, key_heads, 5, 8), normal(3, 2, key_heads, 5, 8)
-    leaves = [x.requires_grad_() for x in (query, key, value, answer, normal(4, 2, 4, 5))]
+    leaves = [x.requires_grad_() for x in (query, key, value, partial, normal(4, 2, 4, 5))]
     options = {"scale": 0.4, "softcap": softcap, "causal": not masked, "bias": padding(2, 5, 5) if masked else None}
     target = normal(5, 2, 4, 5, 8)
-    found, expected = answered_attention(*leaves, **options), reference_answered_attention(*leaves, **options)
+    found, expected = attention_with_partial(*leaves, **options), reference_attention_with_partial(*leaves, **options)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     grads = [torch.autograd.grad((output * target).sum(), leaves) for output in (found, expected)]
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-11, atol=1e-11)
@@ -177,26 +177,26 @@ def test_gradients_against_finite_differences_through_the_kernel() -> None:
     log_k, mean = normal(3, 1, 2).requires_grad_(), normal(4, 1, 2, 2).requires_grad_()
 
     def function(query: Tensor, key: Tensor, value: Tensor, log_k: Tensor, mean: Tensor) -> Tensor:
-        answer = kernel_answer(FeatureMap()(query, 0.7), KernelSums(log_k, mean), positive=True)
-        return answered_attention(query, key, value, *answer, scale=0.7, causal=True)
+        partial = kernel_attention(FeatureMap()(query, 0.7), KernelSums(log_k, mean), positive=True)
+        return attention_with_partial(query, key, value, *partial, scale=0.7, causal=True)
 
     assert torch.autograd.gradcheck(function, (query, key, value, log_k, mean))
 
 
-def test_no_answer_leaves_attention_bit_for_bit() -> None:
+def test_no_other_keys_leave_attention_bit_for_bit() -> None:
     query, key, value = (normal(s, 2, 4, 6, 8) for s in range(3))
     none = torch.full((2, 4, 6), float("-inf"), dtype=DOUBLE)
     expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=8**-0.5)
-    found = answered_attention(query, key, value, torch.zeros_like(query), none, scale=8**-0.5, causal=True)
+    found = attention_with_partial(query, key, value, torch.zeros_like(query), none, scale=8**-0.5, causal=True)
     assert torch.equal(found, expected)
 
 
-def test_a_row_that_sees_nothing_takes_the_answer() -> None:
-    query, key, value, answer = (normal(s, 1, 1, 1, 4) for s in range(4))
+def test_a_row_that_sees_nothing_takes_the_other_keys() -> None:
+    query, key, value, partial = (normal(s, 1, 1, 1, 4) for s in range(4))
     bias = torch.full((1, 1, 1, 1), float("-inf"), dtype=DOUBLE)
     log_sum = torch.zeros(1, 1, 1, dtype=DOUBLE)
-    found = answered_attention(query, key, value, answer, log_sum, scale=1.0, bias=bias)
-    torch.testing.assert_close(found, answer)
+    found = attention_with_partial(query, key, value, partial, log_sum, scale=1.0, bias=bias)
+    torch.testing.assert_close(found, partial)
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,13 @@ from stemma.prefix.logprob import chunked_logprobs, reference_logprobs
 
 
 @given(st.integers(1, 9), st.integers(0, 20), st.sampled_from([1, 13, 40, 1000]), st.booleans(), st.integers(0, 99))
-def test_values_and_gradients_equal_whole_logits(positions, edges, chunk, entropy, seed):
+def test_values_and_gradients_equal_whole_logits(positions, targets, chunk, entropy, seed):
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(positions, 5, dtype=torch.float64, generator=generator, requires_grad=True)
     weight = torch.randn(13, 5, dtype=torch.float64, generator=generator, requires_grad=True)
-    position = torch.randint(0, positions, (edges,), generator=generator).sort().values
-    token = torch.randint(0, 13, (edges,), generator=generator)
-    grads = torch.randn(2, edges, dtype=torch.float64, generator=generator)
+    position = torch.randint(0, positions, (targets,), generator=generator).sort().values
+    token = torch.randint(0, 13, (targets,), generator=generator)
+    grads = torch.randn(2, targets, dtype=torch.float64, generator=generator)
 
     def head(x):
         return 3 * torch.tanh(x @ weight.T / 3)

@@ -66,7 +66,7 @@ def decode_attention(
     order: tuple[Tensor, Tensor] | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
-    answer: tuple[Tensor, Tensor] | None = None,
+    partial: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Attention of the ``n`` new tokens of every row to shared segments and to the row's own keys.
 
@@ -82,8 +82,8 @@ def decode_attention(
             in another order than rows; else None.
         softcap: ``c`` of ``c * tanh(score / c)``, or None.
         sinks: ``(heads,)`` logits that take part in the softmax and carry no value, or None.
-        answer: what other keys answer, ``(rows, heads, n, head_dim)``, and its log-sum-exp ``(rows, heads, n)``, -inf
-            for none; or None.
+        partial: attention over other keys, ``(rows, heads, n, head_dim)``, and its log-sum-exp ``(rows, heads, n)``,
+            -inf for none; or None.
 
     Returns:
         ``(rows, n, heads, head_dim)`` in the type of ``query``.
@@ -95,7 +95,7 @@ def decode_attention(
     folded = query.reshape(rows, key_heads, heads // key_heads, dim) if folds else query
     output, sums = block_forward(folded, key, value, causal=False, scale=scale, softcap=softcap, bias=bias)
     output = (output.reshape(rows, heads, new, dim) if folds else output).transpose(1, 2)
-    if not segments and sinks is None and answer is None:
+    if not segments and sinks is None and partial is None:
         return output
     wide = torch.promote_types(query.dtype, torch.float32)
     output, sums = output.to(wide), sums.reshape(rows, heads, new).transpose(1, 2)
@@ -103,10 +103,10 @@ def decode_attention(
         shared, shared_sums = _shared(query, key_heads, segments, scale, order, softcap)
         # Own sums are finite, and often nobody asks for the merged ones: fewer steps than `merge`.
         output = torch.lerp(output, shared, torch.sigmoid(shared_sums - sums)[..., None])
-        if answer is not None or sinks is not None:
+        if partial is not None or sinks is not None:
             sums = torch.logaddexp(sums, shared_sums)
-    if answer is not None:
-        output, sums = merge(output, sums, *(x.transpose(1, 2).to(wide) for x in answer))
+    if partial is not None:
+        output, sums = merge(output, sums, *(x.transpose(1, 2).to(wide) for x in partial))
     if sinks is not None:
         output = output * torch.sigmoid(sums - sinks.to(sums.dtype))[..., None]
     return output.to(query.dtype)
@@ -134,17 +134,17 @@ def _shared(
     sums: Tensor | None = None
     for segment in segments:
         asked = stacked[:, segment.queries]
-        answer, answer_sums = block_forward(
+        partial, partial_sums = block_forward(
             asked.reshape(1, key_heads, -1, dim), segment.key, segment.value, causal=False, scale=scale, softcap=softcap
         )
-        answer, answer_sums = answer.view_as(asked).to(wide), answer_sums.view(asked.shape[:-1])
+        partial, partial_sums = partial.view_as(asked).to(wide), partial_sums.view(asked.shape[:-1])
         if output is None or sums is None:
             if asked.shape[1] == count and isinstance(segment.queries, slice):
-                output, sums = answer, answer_sums
+                output, sums = partial, partial_sums
                 continue
-            output = answer.new_zeros(key_heads, count, group, dim)
-            sums = answer_sums.new_full((key_heads, count, group), float("-inf"))
-        merged, merged_sums = merge(output[:, segment.queries], sums[:, segment.queries], answer, answer_sums)
+            output = partial.new_zeros(key_heads, count, group, dim)
+            sums = partial_sums.new_full((key_heads, count, group), float("-inf"))
+        merged, merged_sums = merge(output[:, segment.queries], sums[:, segment.queries], partial, partial_sums)
         output[:, segment.queries], sums[:, segment.queries] = merged, merged_sums
     assert output is not None
     assert sums is not None
@@ -166,7 +166,7 @@ def reference_decode_attention(
     order: tuple[Tensor, Tensor] | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
-    answer: tuple[Tensor, Tensor] | None = None,
+    partial: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """What :func:`decode_attention` computes, query by query over its keys laid end to end. For tests; same
     arguments."""
@@ -188,9 +188,9 @@ def reference_decode_attention(
                 scores[:, -key.shape[2] :] += own
             if sinks is not None:
                 scores = torch.cat([scores, sinks[:, None].to(scores.dtype)], dim=1)
-            if answer is not None:
-                scores = torch.cat([answer[1][row, :, token, None], scores], dim=1)
-                values = torch.cat([answer[0][row, :, token, None], values], dim=1)
+            if partial is not None:
+                scores = torch.cat([partial[1][row, :, token, None], scores], dim=1)
+                values = torch.cat([partial[0][row, :, token, None], values], dim=1)
             weights = torch.softmax(scores, dim=1)[:, : values.shape[1]]
             output[row, token] = (weights[:, None] @ values)[:, 0]
     return output

@@ -1,18 +1,18 @@
-"""What a feature map can answer for many keys: kernelised softmax attention, merged with the ordinary kind.
+"""Attention over many keys by a feature map: kernelised softmax attention, merged with the ordinary kind.
 
-With a map ``phi`` such that ``phi(q) . phi(k)`` is about ``exp(scale * q . k)``, a set of keys and values is answered
-by two sums over it, however many there are (NTK-Attention, arXiv 2406.14036):
+With a map ``phi`` such that ``phi(q) . phi(k)`` is about ``exp(scale * q . k)``, attention over many keys and values
+takes two sums over it, however many there are (NTK-Attention, arXiv 2406.14036):
 
     ``Z = sum_j phi(k_j) v_j^T``,  ``k = sum_j phi(k_j)``,
     ``o_P = phi(q) Z / (phi(q) . k)``,  ``l_P = log(phi(q) . k)``.
 
-``(o_P, l_P)`` is one more answer for the merge by log-sum-exp of :mod:`stemma.attention.tree`, exactly the paper's
+``(o_P, l_P)`` is one more term for the merge by log-sum-exp of :mod:`stemma.attention.tree`, exactly the paper's
 ``(A V + phi(Q) Z) / (A 1 + phi(Q) k)`` without its exponentials. Sums are additive: those of a prefix are those of its
 parts added up.
 
-A *positive* map is handled by its logarithm. Then the answer is ordinary softmax attention to ``r`` features: feature
+A *positive* map is handled by its logarithm. Then the result is ordinary softmax attention to ``r`` features: feature
 ``i`` has score ``log phi_i(q) + log k_i`` and value ``Z_i / k_i``, and is finite wherever softmax is. Polynomial maps
-have signed features; they answer by the formula, and a sum that is not positive is an error.
+have signed features; they follow the formula, and a sum that is not positive is an error.
 """
 
 import math
@@ -29,12 +29,12 @@ from stemma.errors import UnsupportedModelError
 __all__ = [
     "FeatureMap",
     "KernelSums",
-    "answered_attention",
+    "attention_with_partial",
     "elu_features",
-    "kernel_answer",
+    "kernel_attention",
     "kernel_sums",
     "random_features",
-    "reference_answered_attention",
+    "reference_attention_with_partial",
     "taylor_features",
 ]
 
@@ -149,8 +149,8 @@ def kernel_sums(features: Tensor, value: Tensor, *, positive: bool) -> KernelSum
     return KernelSums(torch.logsumexp(features, dim=-2), torch.softmax(features, dim=-2).transpose(-1, -2) @ value)
 
 
-def kernel_answer(features: Tensor, sums: KernelSums, *, positive: bool) -> tuple[Tensor, Tensor]:
-    """The answer of the summed keys to queries, differentiable in everything.
+def kernel_attention(features: Tensor, sums: KernelSums, *, positive: bool) -> tuple[Tensor, Tensor]:
+    """Attention of queries over the summed keys, differentiable in everything.
 
     Args:
         features: ``(..., queries, r)``, of the queries; logarithms for a positive map.
@@ -176,26 +176,26 @@ def kernel_answer(features: Tensor, sums: KernelSums, *, positive: bool) -> tupl
     return features @ value / mass[..., None], torch.log(mass)
 
 
-def answered_attention(
+def attention_with_partial(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    answer: Tensor,
-    answer_sums: Tensor,
+    partial: Tensor,
+    partial_sums: Tensor,
     *,
     scale: float,
     causal: bool = False,
     bias: Tensor | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Attention over keys, merged with an answer for others, with exact gradients through both log-sum-exps.
+    """Attention over keys, merged with attention over others, with exact gradients through both log-sum-exps.
 
     Args:
         query: ``(rows, heads, queries, D)``.
         key: ``(rows, key_value_heads, keys, D)``, at least one key.
         value: like ``key``.
-        answer: ``(rows, heads, queries, D)``, what other keys answer.
-        answer_sums: ``(rows, heads, queries)``, its log-sum-exp; -inf for none.
+        partial: ``(rows, heads, queries, D)``, attention over the other keys.
+        partial_sums: ``(rows, heads, queries)``, its log-sum-exp; -inf for none.
         scale: factor on the scores.
         causal: query ``i`` sees keys ``0..i``.
         bias: ``(rows or 1, 1, queries or 1, keys)`` added to the scores, -inf hides; rows may be hidden as a whole.
@@ -204,23 +204,23 @@ def answered_attention(
     Returns:
         ``(rows, heads, queries, D)`` in the type of ``value``.
     """
-    merged: Tensor = _AnsweredAttention.apply(query, key, value, answer, answer_sums, bias, causal, scale, softcap)
+    merged: Tensor = _AttentionWithPartial.apply(query, key, value, partial, partial_sums, bias, causal, scale, softcap)
     return merged
 
 
-def reference_answered_attention(
+def reference_attention_with_partial(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    answer: Tensor,
-    answer_sums: Tensor,
+    partial: Tensor,
+    partial_sums: Tensor,
     *,
     scale: float,
     causal: bool = False,
     bias: Tensor | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """What :func:`answered_attention` computes: one softmax in which the answer is one more key. For tests."""
+    """What :func:`attention_with_partial` computes: one softmax in which the other keys are one more key. For tests."""
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     scores = query @ key.transpose(-1, -2) * scale
     if softcap is not None:
@@ -229,11 +229,11 @@ def reference_answered_attention(
         scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), float("-inf"))
     if bias is not None:
         scores = scores + bias
-    weights = torch.softmax(torch.cat([scores, answer_sums[..., None]], dim=-1), dim=-1)
-    return weights[..., :-1] @ value + weights[..., -1:] * answer
+    weights = torch.softmax(torch.cat([scores, partial_sums[..., None]], dim=-1), dim=-1)
+    return weights[..., :-1] @ value + weights[..., -1:] * partial
 
 
-class _AnsweredAttention(torch.autograd.Function):
+class _AttentionWithPartial(torch.autograd.Function):
     """The block's backward with the merged output and log-sum-exp is exact, see :mod:`stemma.attention.kernels`."""
 
     @staticmethod
@@ -242,30 +242,30 @@ class _AnsweredAttention(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        answer: Tensor,
-        answer_sums: Tensor,
+        partial: Tensor,
+        partial_sums: Tensor,
         bias: Tensor | None,
         causal: bool,
         scale: float,
         softcap: float | None,
     ) -> Tensor:
         shown, hidden = bias, None
-        if bias is not None:  # no kernel answers a row without a visible key as it should: output 0, log-sum-exp -inf
+        if bias is not None:  # no kernel treats a row without a visible key as it should: output 0, log-sum-exp -inf
             hidden = (bias == float("-inf")).all(dim=-1)
             shown = bias.masked_fill(hidden[..., None], 0.0)
         output, sums = block_forward(query, key, value, causal=causal, scale=scale, softcap=softcap, bias=shown)
         if hidden is not None:
             sums = sums.masked_fill(hidden, float("-inf"))
-        output, merged = merge(output.to(answer.dtype), sums.to(answer.dtype), answer, answer_sums)
+        output, merged = merge(output.to(partial.dtype), sums.to(partial.dtype), partial, partial_sums)
         output = output.to(value.dtype)
-        ctx.save_for_backward(query, key, value, answer, answer_sums, bias, output, merged)
+        ctx.save_for_backward(query, key, value, partial, partial_sums, bias, output, merged)
         ctx.settings = (causal, scale, softcap)
         return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, answer, answer_sums, bias, output, merged = ctx.saved_tensors
+        query, key, value, partial, partial_sums, bias, output, merged = ctx.saved_tensors
         causal, scale, softcap = ctx.settings
         merged = merged.masked_fill(merged == float("-inf"), 0.0)  # rows that see nothing at all
         wide = torch.promote_types(value.dtype, torch.float32)
@@ -281,7 +281,7 @@ class _AnsweredAttention(torch.autograd.Function):
             softcap=softcap,
             bias=bias,
         )
-        weight = torch.exp(answer_sums - merged)[..., None]
-        grad = grad_output.to(answer.dtype)
-        slope = (grad * (answer - output.to(answer.dtype))).sum(dim=-1)
+        weight = torch.exp(partial_sums - merged)[..., None]
+        grad = grad_output.to(partial.dtype)
+        slope = (grad * (partial - output.to(partial.dtype))).sum(dim=-1)
         return *grads, weight * grad, weight[..., 0] * slope, None, None, None, None

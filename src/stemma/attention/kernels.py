@@ -1,4 +1,4 @@
-"""Attention of one block: ``(output, log_sum_exp)`` forward, and the exact backward given the *merged* answer.
+"""Attention of one block: ``(output, log_sum_exp)`` forward, and the exact backward given the *merged* output.
 
 The backward of a fused attention kernel rebuilds the probabilities as ``exp(score - log_sum_exp)`` and the row term as
 ``sum(grad_output * output)``. Handed the log-sum-exp and output of the *whole* row instead of the block's own, both are
@@ -49,7 +49,7 @@ def block_forward(
         scale: factor on the scores.
         softcap: ``c`` of ``c * tanh(score / c)``, or None.
         bias: ``(blocks or 1, 1, queries or 1, keys)``, added to the scores (after soft-capping), of their dtype; -inf
-            hides. Every query must see a key: the fused kernel answers a row without any with log-sum-exp 0.
+            hides. Every query must see a key: the fused kernel gives a row without any the log-sum-exp 0.
 
     Returns:
         Output ``(blocks, heads, queries, head_dim)`` and log-sum-exp ``(blocks, heads, queries)``, the latter in

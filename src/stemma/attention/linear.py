@@ -3,7 +3,7 @@
 Source: "Just read twice: closing the recall gap for recurrent language models", 2024, arXiv 2407.05483, section 4.1
 (prefix linear attention); the feature map is that of "Simple linear attention language models balance the
 recall-throughput tradeoff" (Based), 2024, arXiv 2402.18668. With ``s = q . k / sqrt(f)`` for ``f`` numbers in a query,
-``phi(q) . phi(k) = 1 + s + s^2 / 2``, at least 1/2. A row whose first ``M`` tokens are its prefix answers
+``phi(q) . phi(k) = 1 + s + s^2 / 2``, at least 1/2. A row whose first ``M`` tokens are its prefix gives
 
     ``y_i = phi(q_i) S_i / phi(q_i) . z_i``,
     ``S_i = sum_{j <= i} phi(k_j) v_j^T + sum_{j < M} phi(e_j) u_j^T``,
@@ -117,7 +117,7 @@ def reference_linear_attention(
 def recurrent_linear_attention(
     query: Tensor, key: Tensor, value: Tensor, state: LinearState | None = None, *, mask: Tensor | None = None
 ) -> tuple[Tensor, LinearState]:
-    """Token by token: the state after each token answers its query. What decodes.
+    """Token by token: the state after each token is read by its query. What decodes.
 
     Args:
         query, key, value, mask: see :func:`reference_linear_attention`.
@@ -127,15 +127,15 @@ def recurrent_linear_attention(
         ``(batch, heads, T, D)`` in the type of `value`, and the state after the last token.
     """
     state = state or _empty(query, value)
-    answers = []
+    outputs = []
     for t in range(query.shape[-2]):
         token = slice(t, t + 1)
         now = None if mask is None else mask[:, token]
         added = linear_state(key[..., token, :], value[..., token, :], now)
         state = LinearState(state.value + added.value, state.key + added.key)
         features = expanded_features(query[..., token, :])
-        answers.append(_divided(features @ state.value, (features @ state.key[..., None])[..., 0], now))
-    return torch.cat(answers, dim=-2).to(value.dtype), state
+        outputs.append(_divided(features @ state.value, (features @ state.key[..., None])[..., 0], now))
+    return torch.cat(outputs, dim=-2).to(value.dtype), state
 
 
 def chunked_linear_attention(
@@ -161,7 +161,7 @@ def chunked_linear_attention(
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
     state = state or _empty(query, value)
     wide = state.value.dtype
-    answers = []
+    outputs = []
     for start in range(0, query.shape[-2], chunk_size):
         chunk = slice(start, start + chunk_size)
         q, k, v = (x[..., chunk, :].to(wide) for x in (query, key, value))
@@ -170,10 +170,10 @@ def chunked_linear_attention(
         weights = _masked(_weights(q, k).tril(), now, dim=-1)
         total = features @ state.value + weights @ v
         mass = (features @ state.key[..., None])[..., 0] + weights.sum(dim=-1)
-        answers.append(_divided(total, mass, now))
+        outputs.append(_divided(total, mass, now))
         added = linear_state(k, v, now)
         state = LinearState(state.value + added.value, state.key + added.key)
-    return torch.cat(answers, dim=-2).to(value.dtype), state
+    return torch.cat(outputs, dim=-2).to(value.dtype), state
 
 
 def _weights(query: Tensor, key: Tensor) -> Tensor:

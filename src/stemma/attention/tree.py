@@ -1,18 +1,18 @@
 """Exact attention over a prefix tree, without masks.
 
 The packed row is cut into the blocks of :class:`stemma.prefix.layout.Layout`: causal squares and full rectangles. Each
-block answers with output ``o_b`` and log-sum-exp ``l_b``; answers to one query are merged by log-sum-exp,
+block gives output ``o_b`` and log-sum-exp ``l_b``; those of one query are merged by log-sum-exp,
 
     ``l = log(sum_b exp(l_b))``,  ``o = sum_b exp(l_b - l) * o_b``,
 
 which is the softmax over all visible keys. The backward hands the *merged* ``o`` and ``l`` to each block's fused
 backward and adds up what comes back (see :mod:`stemma.attention.kernels`). An attention sink ``s`` (gpt-oss) is one
-more answer: log-sum-exp ``s``, output zero; so is what a learned prefix answers (:mod:`stemma.attention.kernelized`).
+more term: log-sum-exp ``s``, output zero; so is attention over a learned prefix (:mod:`stemma.attention.kernelized`).
 
 Prefix Grouper (arXiv 2506.05433) is the tree of two levels; there the prefix's keys and values are repeated for each
 response. Here they are read where they lie, whatever the number of responses and levels.
 
-Low-precision answers are merged, and gradients of several blocks added, in float32, so the error does not grow with the
+Low-precision outputs are merged, and gradients of several blocks added, in float32, so the error does not grow with the
 number of branches.
 """
 
@@ -41,7 +41,7 @@ def tree_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
-    answer: tuple[Tensor, Tensor] | None = None,
+    partial: tuple[Tensor, Tensor] | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Attention of every packed token to the tokens on its path.
@@ -56,13 +56,13 @@ def tree_attention(
         window: a key is visible when ``position_query - position_key < window``; None for all.
         softcap: ``c`` of ``c * tanh(score / c)``; None for none.
         sinks: ``(heads,)`` logits that take part in the softmax and carry no value; None for none.
-        answer: what other keys answer, ``(1, heads, T, value_dim)``, and its log-sum-exp ``(1, heads, T)``; None for
-            none. Not with "flex".
+        partial: attention over other keys, ``(1, heads, T, value_dim)``, and its log-sum-exp ``(1, heads, T)``; None
+            for none. Not with "flex".
         backend: "blocks" (any device), "varlen" (CUDA, half precision) or "flex" (CUDA); None picks "varlen" where it
             applies, else "blocks".
 
     Returns:
-        ``(1, heads, T, value_dim)``, differentiable in ``query``, ``key``, ``value``, ``sinks`` and ``answer``.
+        ``(1, heads, T, value_dim)``, differentiable in ``query``, ``key``, ``value``, ``sinks`` and ``partial``.
 
     Raises:
         ValueError: shapes that do not fit the layout, or an unknown backend.
@@ -79,8 +79,8 @@ def tree_attention(
         raise ValueError(f"window must be at least 1, got {window}.")
     scale = head_dim**-0.5 if scale is None else float(scale)
     value_dim = value.shape[-1]
-    if answer is not None and value_dim < head_dim:
-        answer = (torch.nn.functional.pad(answer[0], (0, head_dim - value_dim)), answer[1])
+    if partial is not None and value_dim < head_dim:
+        partial = (torch.nn.functional.pad(partial[0], (0, head_dim - value_dim)), partial[1])
     # Fused kernels want one head size (latent attention has two), one dtype (rotary tables may widen queries).
     if value_dim < head_dim:
         value = torch.nn.functional.pad(value, (0, head_dim - value_dim))
@@ -90,15 +90,15 @@ def tree_attention(
     query, key = query.to(value.dtype), key.to(value.dtype)
     backend = backend or _default_backend(query, softcap)
     if backend == "flex":
-        if answer is not None:
-            raise ValueError("the 'flex' backend takes no answer of other keys; leave the backend to None.")
+        if partial is not None:
+            raise ValueError("the 'flex' backend takes no attention over other keys; leave the backend to None.")
 
         output = flex_tree_attention(
             query, key, value, layout, scale=scale, window=window, softcap=softcap, sinks=sinks
         )
     elif backend in ("blocks", "varlen"):
         output = _TreeAttention.apply(
-            query, key, value, sinks, *(answer or (None, None)), layout, scale, window, softcap, backend
+            query, key, value, sinks, *(partial or (None, None)), layout, scale, window, softcap, backend
         )
     else:
         raise ValueError(f"backend must be 'blocks', 'varlen', 'flex' or None, got {backend!r}.")
@@ -120,7 +120,7 @@ def reference_tree_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
-    answer: tuple[Tensor, Tensor] | None = None,
+    partial: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """What :func:`tree_attention` computes, with one dense mask over all pairs of tokens. For tests; same arguments."""
     device, shift, tokens = query.device, layout.context, layout.num_tokens
@@ -137,10 +137,10 @@ def reference_tree_attention(
     scores = scores.masked_fill(~visible, float("-inf"))
     if sinks is not None:
         scores = torch.cat([scores, sinks.to(scores.dtype).view(1, -1, 1, 1).expand(1, -1, tokens, 1)], dim=-1)
-    if answer is None:
+    if partial is None:
         return torch.softmax(scores, dim=-1)[..., : shift + tokens] @ value
-    weights = torch.softmax(torch.cat([scores, answer[1][..., None]], dim=-1), dim=-1)
-    return weights[..., : shift + tokens] @ value + weights[..., -1:] * answer[0]
+    weights = torch.softmax(torch.cat([scores, partial[1][..., None]], dim=-1), dim=-1)
+    return weights[..., : shift + tokens] @ value + weights[..., -1:] * partial[0]
 
 
 class _TreeAttention(torch.autograd.Function):
@@ -153,8 +153,8 @@ class _TreeAttention(torch.autograd.Function):
         key: Tensor,
         value: Tensor,
         sinks: Tensor | None,
-        answer: Tensor | None,
-        answer_sums: Tensor | None,
+        partial: Tensor | None,
+        partial_sums: Tensor | None,
         layout: Layout,
         scale: float,
         window: int | None,
@@ -170,17 +170,19 @@ class _TreeAttention(torch.autograd.Function):
             merged = torch.logaddexp(log_sum_exp, sink)
             output.mul_(torch.exp(log_sum_exp - merged)[..., None])
             log_sum_exp = merged
-        if answer is not None and answer_sums is not None:
-            output, log_sum_exp = merge(output, log_sum_exp, answer.to(output.dtype), answer_sums.to(log_sum_exp.dtype))
+        if partial is not None and partial_sums is not None:
+            output, log_sum_exp = merge(
+                output, log_sum_exp, partial.to(output.dtype), partial_sums.to(log_sum_exp.dtype)
+            )
         output = output.to(query.dtype)
-        ctx.save_for_backward(query, key, value, sinks, answer, answer_sums, output, log_sum_exp)
+        ctx.save_for_backward(query, key, value, sinks, partial, partial_sums, output, log_sum_exp)
         ctx.settings = (layout, scale, window, softcap, backend)
         return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, sinks, answer, answer_sums, output, log_sum_exp = ctx.saved_tensors
+        query, key, value, sinks, partial, partial_sums, output, log_sum_exp = ctx.saved_tensors
         layout, scale, window, softcap, backend = ctx.settings
         if backend == "varlen":
             grads = varlen_backward(grad_output, query, key, value, output, log_sum_exp, layout, scale, window)
@@ -193,13 +195,15 @@ class _TreeAttention(torch.autograd.Function):
             row_term = (grad_output.to(log_sum_exp.dtype) * output.to(log_sum_exp.dtype)).sum(dim=-1)
             weight = torch.exp(sinks.to(log_sum_exp.dtype).view(1, -1, 1) - log_sum_exp)
             grad_sinks = -(weight * row_term).sum(dim=(0, 2)).to(sinks.dtype)
-        grad_answer = grad_answer_sums = None
-        if answer is not None:
+        grad_partial = grad_partial_sums = None
+        if partial is not None:
             grad, wide = grad_output.to(log_sum_exp.dtype), log_sum_exp.dtype
-            weight = torch.exp(answer_sums.to(wide) - log_sum_exp)
-            grad_answer = (weight[..., None] * grad).to(answer.dtype)
-            grad_answer_sums = (weight * (grad * (answer.to(wide) - output.to(wide))).sum(dim=-1)).to(answer_sums.dtype)
-        return *grads, grad_sinks, grad_answer, grad_answer_sums, None, None, None, None, None
+            weight = torch.exp(partial_sums.to(wide) - log_sum_exp)
+            grad_partial = (weight[..., None] * grad).to(partial.dtype)
+            grad_partial_sums = (weight * (grad * (partial.to(wide) - output.to(wide))).sum(dim=-1)).to(
+                partial_sums.dtype
+            )
+        return *grads, grad_sinks, grad_partial, grad_partial_sums, None, None, None, None, None
 
 
 def _pick(tensor: Tensor, rows: slice | Tensor, count: int) -> Tensor:
@@ -212,13 +216,13 @@ def _pick(tensor: Tensor, rows: slice | Tensor, count: int) -> Tensor:
     return tensor[0, :, rows].transpose(0, 1)
 
 
-def _rows_of(answer: Tensor, block: Block, index: slice | Tensor) -> tuple[Tensor, slice | Tensor]:
+def _rows_of(partial: Tensor, block: Block, index: slice | Tensor) -> tuple[Tensor, slice | Tensor]:
     """Turn ``(blocks, heads, rows, ...)`` back into ``(1, heads, tokens, ...)``, with the rows it belongs to."""
     if isinstance(index, slice):
-        return (answer if block.count == 1 else answer.transpose(0, 1).flatten(1, 2)[None]), index
+        return (partial if block.count == 1 else partial.transpose(0, 1).flatten(1, 2)[None]), index
     if index.dim() == 1:
-        return answer, index
-    flat, rows = answer.transpose(0, 1).flatten(1, 2)[None], index.flatten()
+        return partial, index
+    flat, rows = partial.transpose(0, 1).flatten(1, 2)[None], index.flatten()
     if block.valid is not None:
         keep = block.valid.flatten()
         return flat[:, :, keep], rows[keep]
@@ -234,7 +238,7 @@ def _blocks_forward(
     output = torch.empty(1, tokens, heads, dim, dtype=wide, device=query.device).transpose(1, 2)
     log_sum_exp = torch.empty(1, heads, tokens, dtype=wide, device=query.device)
     for block in layout.blocks(window, query.device):
-        answer, sums = block_forward(
+        partial, sums = block_forward(
             _pick(query, block.query, block.count),
             _pick(key, block.key, block.count),
             _pick(value, block.key, block.count),
@@ -242,19 +246,19 @@ def _blocks_forward(
             scale=scale,
             softcap=softcap,
         )
-        answer, rows = _rows_of(answer, block, block.query)
+        partial, rows = _rows_of(partial, block, block.query)
         sums, _ = _rows_of(sums, block, block.query)
         if block.first:
-            output[:, :, rows] = answer.to(wide)
+            output[:, :, rows] = partial.to(wide)
             log_sum_exp[:, :, rows] = sums
             continue
         old = log_sum_exp[:, :, rows]
         merged = torch.logaddexp(old, sums)
         kept, added = torch.exp(old - merged)[..., None], torch.exp(sums - merged)[..., None]
         if isinstance(rows, slice):
-            output[:, :, rows].mul_(kept).addcmul_(answer.to(wide), added)
+            output[:, :, rows].mul_(kept).addcmul_(partial.to(wide), added)
         else:
-            output[:, :, rows] = output[:, :, rows] * kept + answer * added
+            output[:, :, rows] = output[:, :, rows] * kept + partial * added
         log_sum_exp[:, :, rows] = merged
     return output, log_sum_exp
 

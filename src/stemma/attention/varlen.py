@@ -1,11 +1,11 @@
 """The blocks of a layout in a few variable-length calls: the CUDA way.
 
-A fused CUDA kernel wants few launches, so blocks whose queries do not overlap are put behind one another and answered
+A fused CUDA kernel wants few launches, so blocks whose queries do not overlap are put behind one another and computed
 by one variable-length call: for full attention one call for all squares and one for each level of inner nodes. Rows of
 a call are a view where they are contiguous, else gathered.
 
 The kernel is torch's FlashAttention (``torch.nn.attention.varlen``), in half precision. Its own autograd drops the
-gradient of the log-sum-exp, so forward and backward are called directly and the backward is handed the merged answer.
+gradient of the log-sum-exp, so forward and backward are called directly and the backward is handed the merged output.
 The schedule and the arithmetic are tested on any device with a kernel that loops over the segments.
 """
 
@@ -135,17 +135,17 @@ def varlen_forward(
     output = torch.empty(tokens, heads, dim, dtype=wide, device=query.device)
     log_sum_exp = torch.empty(heads, tokens, dtype=wide, device=query.device)
     for call in _calls(layout, window, query.device):
-        answer, sums = kernel.forward(
+        partial, sums = kernel.forward(
             _take(query, call.query), _take(key, call.key), _take(value, call.key), call, scale
         )
         if call.first:
-            output[call.query] = answer.to(wide)
+            output[call.query] = partial.to(wide)
             log_sum_exp[:, call.query] = sums.to(wide)
             continue
         old = log_sum_exp[:, call.query]
         merged = torch.logaddexp(old, sums.to(wide))
         kept, added = ((part - merged).exp().transpose(0, 1)[..., None] for part in (old, sums))
-        output[call.query] = output[call.query] * kept + answer.to(wide) * added
+        output[call.query] = output[call.query] * kept + partial.to(wide) * added
         log_sum_exp[:, call.query] = merged
     return output.transpose(0, 1)[None], log_sum_exp[None]
 

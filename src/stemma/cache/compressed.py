@@ -195,7 +195,7 @@ class KeptStates:
         softcap: float | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        """Take in new tokens and answer their queries.
+        """Take in new tokens and attend from them.
 
         Args:
             query: ``(rows, heads, n, head_dim)``.

@@ -34,7 +34,7 @@ class KeyValues(NamedTuple):
 
 
 def even_heads(key: Tensor, value: Tensor) -> KeyValues:
-    """Give keys and values one head size with zeros, which change no score and no answer (latent attention has two)."""
+    """Give keys and values one head size with zeros, which change no score and no output (latent attention has two)."""
     if key.shape[-1] == value.shape[-1] and key.dtype == value.dtype:
         return KeyValues(key, value)
     wider = max(key.shape[-1], value.shape[-1])
@@ -269,9 +269,9 @@ class PrefixKeyValues:
         window: int | None = None,
         softcap: float | None = None,
         sinks: Tensor | None = None,
-        answer: tuple[Tensor, Tensor] | None = None,
+        partial: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Take in the new tokens of a module and answer their queries.
+        """Take in the new tokens of a module and attend from them.
 
         Args:
             module: which.
@@ -282,7 +282,7 @@ class PrefixKeyValues:
             window: a key is visible when ``position_query - position_key < window``; None for all.
             softcap: ``c`` of ``c * tanh(score / c)``, or None.
             sinks: ``(heads,)`` logits that take part in the softmax and carry no value, or None.
-            answer: what keys outside the cache answer, ``(rows, heads, n, value_dim)``, and its log-sum-exp
+            partial: attention over keys outside the cache, ``(rows, heads, n, value_dim)``, and its log-sum-exp
                 ``(rows, heads, n)``, or None.
 
         Returns:
@@ -292,8 +292,8 @@ class PrefixKeyValues:
         key, value = even_heads(key, value)
         if query.shape[-1] != value.shape[-1] or query.dtype != value.dtype:
             query = _widened(query.to(value.dtype), value.shape[-1])
-        if answer is not None:
-            answer = _widened(answer[0], value.shape[-1]), answer[1]
+        if partial is not None:
+            partial = _widened(partial[0], value.shape[-1]), partial[1]
         if module not in self._own:
             shape = (key.shape[0], key.shape[1], max(self._room, new), key.shape[3])
             self._own[module] = _Own(key.new_empty(shape), value.new_empty(shape), 0)
@@ -321,7 +321,7 @@ class PrefixKeyValues:
             order=order,
             softcap=softcap,
             sinks=sinks,
-            answer=answer,
+            partial=partial,
         )
         return output if output.shape[-1] == value_dim else output[..., :value_dim]
 

@@ -2,7 +2,7 @@
 
 Its length is the number of tokens seen, kept or not, so that positions and the attention mask are those of the whole
 rows. Masks are made once for all layers, while layers keep different tokens; so a layer does not use the mask but is
-led by it to this cache (:mod:`stemma.decode.reading_cache`), which answers from
+led by it to this cache (:mod:`stemma.decode.reading_cache`), which attends from
 :class:`stemma.cache.compressed.KeptStates`.
 """
 
@@ -20,7 +20,7 @@ from stemma.decode.compression_report import CompressionReport, LayerReport
 from stemma.decode.reading_cache import RowsCache, refuse_checkpointing
 from stemma.errors import InvalidBatchError, UnsupportedModelError
 from stemma.models.adapter import base_model
-from stemma.models.layer_attention import place
+from stemma.models.layer_attention import layer_name
 from stemma.models.limits import check_batch, check_lengths
 from stemma.prefix.radix import as_ids
 from stemma.prefix.tree import PrefixTree
@@ -253,22 +253,22 @@ class CompressedCache(RowsCache):
         window: int | None,
         softcap: float | None,
         sinks: Tensor | None,
-        answer: tuple[Tensor, Tensor] | None = None,
+        partial: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Attention of a layer's new tokens; see :class:`stemma.models.masks.ReadingCache`."""
         self.check_module(module)
         if any(x.requires_grad for x in (query, key, value)):
             raise UnsupportedModelError("a compressed cache has no gradients; use it under torch.no_grad().")
-        if answer is not None:
+        if partial is not None:
             raise UnsupportedModelError(
-                f"{place(module)} has a learned prefix, whose share of attention a compressed cache does not weigh. "
-                "Detach it, or generate without compression."
+                f"{layer_name(module)} has a learned prefix, whose share of attention a compressed cache does not "
+                "weigh. Detach it, or generate without compression."
             )
         number, self.unread = self.unread, None
         if number is None:
             raise UnsupportedModelError(
-                f"{place(module)} of {self.label} attends to keys of another layer, which cannot be dropped for the "
-                "one and kept for the other. Generate without compression."
+                f"{layer_name(module)} of {self.label} attends to keys of another layer, which cannot be dropped for "
+                "the one and kept for the other. Generate without compression."
             )
         new, pads = query.shape[2], self.pads
         begin = self.layers[number].get_seq_length() - new

@@ -1,4 +1,4 @@
-"""What caches that answer queries themselves have in common: rows padded on the left, lengths, masks, and the guard.
+"""What caches that compute attention themselves have in common: rows padded on the left, lengths, masks, and the guard.
 
 How a layer finds its cache: it updates the cache with its new keys and values, which only notes the visit and hands
 them back, and then attends. The mask it attends with is a marker that leads to the cache (:mod:`stemma.models.masks`).
@@ -72,7 +72,7 @@ def refuse_checkpointing(model: nn.Module) -> None:
 
 
 class RowsCache(Cache):
-    """A cache for rows that are padded on the left; subclasses answer the queries.
+    """A cache for rows that are padded on the left; subclasses attend.
 
     Args:
         model: the model that it is for.

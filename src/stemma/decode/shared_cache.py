@@ -3,7 +3,7 @@
 The cache holds all tokens of every row but the last one, which is the first to be fed: a model must be given something
 to predict from. Rows are taken to be padded on the left, as `generate` has them, and told by the attention mask.
 
-How a layer finds it says :mod:`stemma.decode.reading_cache`; the answer comes from
+How a layer finds it says :mod:`stemma.decode.reading_cache`; the attention is
 :class:`stemma.cache.key_values.PrefixKeyValues`.
 """
 
@@ -200,12 +200,12 @@ class SharedPrefixCache(RowsCache):
         window: int | None,
         softcap: float | None,
         sinks: Tensor | None,
-        answer: tuple[Tensor, Tensor] | None = None,
+        partial: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Attention of a layer's new tokens; see :class:`stemma.models.masks.ReadingCache`."""
         self.check_module(module)
         if torch.is_grad_enabled():
-            if any(x.requires_grad for x in (query, key, value, *(answer or ()))):
+            if any(x.requires_grad for x in (query, key, value, *(partial or ()))):
                 raise UnsupportedModelError(
                     "a cache of shared prefixes has no gradients; decode under torch.no_grad(), train with "
                     "stemma.score."
@@ -213,7 +213,7 @@ class SharedPrefixCache(RowsCache):
             sinks = None if sinks is None else sinks.detach()
         self.unread = None
         return self.states.attend(
-            module, query, key, value, scale=scale, window=window, softcap=softcap, sinks=sinks, answer=answer
+            module, query, key, value, scale=scale, window=window, softcap=softcap, sinks=sinks, partial=partial
         )
 
     # ------------------------------------------------------------------ rows and lengths

@@ -32,10 +32,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from stemma.attention import tree_attention
 from stemma.errors import UnsupportedModelError
 from stemma.models.layer_attention import (
-    answered,
+    attention_with_prefix,
+    layer_name,
     observe,
-    place,
-    prefix_answer,
+    prefix_attention,
     refuse_other_attention,
     scale_of,
 )
@@ -163,9 +163,9 @@ def register(original: str) -> str:
         if call is not None:
             return _attend(call, module, query, key, value, attention_mask, **kwargs), None
         observe(module, query, key, value, kwargs.get("scaling"))
-        answer = prefix_answer(module, query, kwargs.get("scaling"))
-        if answer is not None:
-            return answered(module, query, key, value, attention_mask, answer, **kwargs), None
+        partial = prefix_attention(module, query, kwargs.get("scaling"))
+        if partial is not None:
+            return attention_with_prefix(module, query, key, value, attention_mask, partial, **kwargs), None
         if original == "eager":
             function = sys.modules[type(module).__module__].eager_attention_forward
         else:
@@ -205,7 +205,7 @@ def _attend(
     **others: Any,
 ) -> Tensor:
     """Tree attention under the signature of transformers; returns ``(1, T, heads, value_dim)``."""
-    layout, where = call.layout, place(module)
+    layout, where = call.layout, layer_name(module)
     if isinstance(attention_mask, Mask):
         sliding_window = _window(where, attention_mask)
     elif attention_mask is not None:
@@ -229,9 +229,9 @@ def _attend(
                 raise UnsupportedModelError(f"{where} attends twice in one forward, so it cannot be streamed.")
             call.captured[module] = (key, value)
             call.hidden_graph |= not torch.is_grad_enabled()
-    answer = prefix_answer(module, query, scaling)
+    partial = prefix_attention(module, query, scaling)
     output = tree_attention(
-        query, key, value, layout, scale=scaling, window=sliding_window, softcap=softcap, sinks=s_aux, answer=answer
+        query, key, value, layout, scale=scaling, window=sliding_window, softcap=softcap, sinks=s_aux, partial=partial
     )
     return output.transpose(1, 2)
 
@@ -251,7 +251,7 @@ def _read(
     **others: Any,
 ) -> Tensor:
     """Attention over a cache under the signature of transformers; returns ``(rows, n, heads, value_dim)``."""
-    where = place(module)
+    where = layer_name(module)
     window = _window(where, mask)
     refuse_other_attention(where, module, **others)
     if query.shape[2] != key.shape[2]:
@@ -259,9 +259,9 @@ def _read(
             f"{where} attends from {query.shape[2]} to {key.shape[2]} positions where both should be the new tokens; "
             "cross attention and learned prefix tokens cannot be combined with shared prefixes."
         )
-    answer, scale = prefix_answer(module, query, scaling), scale_of(query, scaling)
+    partial, scale = prefix_attention(module, query, scaling), scale_of(query, scaling)
     return cache.attend(
-        module, query, key, value, scale=scale, window=window, softcap=softcap, sinks=s_aux, answer=answer
+        module, query, key, value, scale=scale, window=window, softcap=softcap, sinks=s_aux, partial=partial
     )
 
 

@@ -1,6 +1,6 @@
 """Attention of one layer under the signature of transformers: what is refused, who watches, and learned prefixes.
 
-An attention module may have a sub-module named :data:`KERNEL_PREFIX`, which answers for a prefix that has no keys
+An attention module may have a sub-module named :data:`KERNEL_PREFIX`, which attends to a prefix that has no keys
 (:mod:`stemma.tune.ntk_attention`). Wherever the registered implementation of :mod:`stemma.models.adapter` computes that
 module's attention, the two are merged.
 """
@@ -14,22 +14,22 @@ import torch
 from torch import Tensor, nn
 
 from stemma.attention.decode import merge
-from stemma.attention.kernelized import answered_attention
+from stemma.attention.kernelized import attention_with_partial
 from stemma.errors import UnsupportedModelError
 
 __all__ = [
     "KERNEL_PREFIX",
-    "answered",
+    "attention_with_prefix",
+    "layer_name",
     "observe",
     "observed_attention",
-    "place",
-    "prefix_answer",
+    "prefix_attention",
     "refuse_other_attention",
     "scale_of",
 ]
 
 KERNEL_PREFIX = "kernel_prefix"
-"""Name of the sub-module of an attention module that answers for a prefix: called with queries and scale, it returns an
+"""Name of the sub-module of an attention module that attends to a prefix: called with queries and scale, it returns an
 output and a log-sum-exp, which are merged with the layer's attention, or None. Its ``active`` says what it depends on
 besides its parameters."""
 
@@ -60,7 +60,7 @@ def observe(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scalin
         observer(module, query, key, value, scale_of(query, scaling))
 
 
-def place(module: nn.Module) -> str:
+def layer_name(module: nn.Module) -> str:
     """A layer, for messages."""
     return f"{type(module).__name__} (layer {getattr(module, 'layer_idx', '?')})"
 
@@ -70,21 +70,21 @@ def scale_of(query: Tensor, scaling: float | None) -> float:
     return query.shape[-1] ** -0.5 if scaling is None else float(scaling)
 
 
-def prefix_answer(module: nn.Module, query: Tensor, scaling: float | None) -> tuple[Tensor, Tensor] | None:
-    """What the module's learned prefix answers, ``(rows, heads, n, value_dim)``, and its log-sum-exp ``(rows, heads,
+def prefix_attention(module: nn.Module, query: Tensor, scaling: float | None) -> tuple[Tensor, Tensor] | None:
+    """Attention over the module's learned prefix, ``(rows, heads, n, value_dim)``, and its log-sum-exp ``(rows, heads,
     n)``; None where there is none."""
     prefix: Any = module._modules.get(KERNEL_PREFIX)  # where there is none, getattr costs as much as a small product
     found: tuple[Tensor, Tensor] | None = None if prefix is None else prefix(query, scale_of(query, scaling))
     return found
 
 
-def answered(
+def attention_with_prefix(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Any,
-    answer: tuple[Tensor, Tensor],
+    partial: tuple[Tensor, Tensor],
     *,
     scaling: float | None = None,
     sliding_window: int | None = None,
@@ -93,8 +93,8 @@ def answered(
     is_causal: bool | None = None,
     **others: Any,
 ) -> Tensor:
-    """Attention under a dense mask, merged with what :func:`prefix_answer` gave; ``(rows, n, heads, value_dim)``."""
-    where = place(module)
+    """Attention under a dense mask, merged with what :func:`prefix_attention` gave; ``(rows, n, heads, value_dim)``."""
+    where = layer_name(module)
     refuse_other_attention(where, module, **others)
     if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.dim() != 4):
         raise UnsupportedModelError(
@@ -105,7 +105,7 @@ def answered(
     bias = attention_mask
     if bias is not None and bias.dtype == torch.bool:
         bias = torch.zeros(bias.shape, dtype=value.dtype, device=value.device).masked_fill(~bias, float("-inf"))
-    scale, (found, sums) = scale_of(query, scaling), answer
+    scale, (found, sums) = scale_of(query, scaling), partial
     if s_aux is not None:
         sink = s_aux.to(sums.dtype).view(1, -1, 1).expand_as(sums)
         found, sums = merge(found, sums, torch.zeros_like(found), sink)
@@ -114,7 +114,7 @@ def answered(
         torch.nn.functional.pad(x, (0, max(dims) - x.shape[-1])) if x.shape[-1] < max(dims) else x
         for x in (query, key, value, found)
     )
-    output = answered_attention(
+    output = attention_with_partial(
         query.to(value.dtype),
         key.to(value.dtype),
         value,

@@ -1,6 +1,6 @@
 """Markers that stand in a mask's place, and what a mask function of transformers says about visibility.
 
-Masks are made outside the layers. Where Stemma answers a layer's attention, on a tree call or over a cache of shared
+Masks are made outside the layers. Where Stemma computes a layer's attention, on a tree call or over a cache of shared
 prefixes, the mask function returns a :class:`Mask`, which travels to the layers and tells each its window.
 """
 
@@ -15,7 +15,7 @@ __all__ = ["Mask", "ReadingCache", "asked_cache", "mask_is_for", "probe"]
 
 
 class ReadingCache(Protocol):
-    """A cache that answers queries itself, as its keys and values do not lie in one tensor."""
+    """A cache that computes attention itself, as its keys and values do not lie in one tensor."""
 
     def check_mask(self, attention_mask: Tensor | None, new_tokens: int) -> tuple[int, int]:
         """Refuse a mask ``(rows, columns)`` bool of real tokens that does not fit; return the longest row, and the
@@ -33,16 +33,16 @@ class ReadingCache(Protocol):
         window: int | None,
         softcap: float | None,
         sinks: Tensor | None,
-        answer: tuple[Tensor, Tensor] | None = None,
+        partial: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Attention ``(rows, tokens, heads, value_dim)`` of new tokens, whose keys and values are taken in, merged with
-        what a learned prefix answers (``(rows, heads, tokens, value_dim)`` and its log-sum-exp)."""
+        attention over a learned prefix (``(rows, heads, tokens, value_dim)`` and its log-sum-exp)."""
         ...
 
 
 @dataclass(frozen=True)
 class Mask:
-    """What stands in a mask's place on a tree call, or when a cache answers."""
+    """What stands in a mask's place on a tree call, or when a cache attends."""
 
     window: int | None = None
     refusal: str = ""

@@ -175,7 +175,7 @@ def _refuse_unsuitable(inner: PreTrainedModel, label: str, model: Any) -> None:
     prefixes = [module._modules.get(KERNEL_PREFIX) for module in inner.modules()]
     if any(getattr(prefix, "active", ()) for prefix in prefixes):
         raise UnsupportedModelError(
-            f"{label} has a learned prefix without keys, which answers a query by its place in the prompt, so nothing "
+            f"{label} has a learned prefix without keys, which meets a query by its place in the prompt, so nothing "
             "computed at one place holds at another. Disable the adapter."
         )
     try:

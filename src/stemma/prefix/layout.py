@@ -45,16 +45,16 @@ class Block:
     query: Rows
     """Rows that ask."""
     key: Rows
-    """Rows that answer."""
+    """Rows of keys."""
     causal: bool
     """Row ``i`` of the queries sees rows ``0..i`` of the keys; else it sees all of them."""
     first: bool = False
-    """No earlier block wrote to these queries, so the answer is stored and not merged."""
+    """No earlier block wrote to these queries, so the output is stored and not merged."""
     count: int = 1
     """Number of equally long squares that a slice holds, one behind the other."""
     valid: torch.Tensor | None = None
     """``(blocks, rows)`` bool for an index of several squares of unequal length: False where a row only fills up (it
-    repeats the last valid row of its square, and its answer is thrown away). None when all rows are valid."""
+    repeats the last valid row of its square, and its output is thrown away). None when all rows are valid."""
 
 
 @dataclass(eq=False)

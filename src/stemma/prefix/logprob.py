@@ -1,6 +1,6 @@
 """Log-probabilities and entropies from hidden states, in chunks, so that tokens x vocabulary never exists whole.
 
-One predicting position may have several next tokens (a branch), so scores are asked for as *edges*: (predicting
+One predicting position may have several next tokens (a branch), so scores are asked for as *targets*: (predicting
 position, target token). Each position goes through the head once. Forward keeps hidden states; a chunk's logits are
 made again in the backward (activation checkpointing of the head alone). When all positions fit into one chunk nothing
 is made twice.
@@ -23,33 +23,33 @@ _CACHED_ELEMENTS = 1 << 19
 
 
 def reference_logprobs(
-    logits: Tensor, edge_position: Tensor, edge_token: Tensor, temperature: float = 1.0
+    logits: Tensor, target_position: Tensor, target_token: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """What :func:`chunked_logprobs` computes, from whole logits ``(M, V)``. For tests."""
     logprobs = torch.log_softmax(logits / temperature, dim=-1)
     entropies = -(logprobs.exp() * logprobs).sum(dim=-1)
-    return logprobs[edge_position, edge_token], entropies[edge_position]
+    return logprobs[target_position, target_token], entropies[target_position]
 
 
 def chunked_logprobs(
     head: Callable[[Tensor], Tensor],
     hidden: Tensor,
-    edge_position: Tensor,
-    edge_token: Tensor,
+    target_position: Tensor,
+    target_token: Tensor,
     *,
     vocabulary: int,
     temperature: float = 1.0,
     entropy: bool = False,
     chunk_elements: int = CHUNK_ELEMENTS,
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probability of each edge, and the entropy at its position.
+    """Log-probability of each target, and the entropy at its position.
 
     Args:
         head: maps hidden states ``(m, hidden)`` to logits ``(m, V)``: the model's output projection and whatever
             follows.
         hidden: ``(M, hidden)``, hidden states of the predicting positions.
-        edge_position: ``(E,)`` int64, non-decreasing: row of ``hidden`` that predicts each edge.
-        edge_token: ``(E,)`` int64: the predicted token.
+        target_position: ``(E,)`` int64, non-decreasing: row of ``hidden`` that predicts each target.
+        target_token: ``(E,)`` int64: the predicted token.
         vocabulary: ``V``.
         temperature: logits are divided by it; above 0.
         entropy: also give entropies (of the tempered distribution), in nats.
@@ -67,14 +67,14 @@ def chunked_logprobs(
         logits = head(chunk)
         if temperature != 1.0:
             logits = logits / temperature
-        return _EdgeScores.apply(logits, position, token, entropy)
+        return _TargetScores.apply(logits, position, token, entropy)
 
     begins = list(range(0, positions, rows))
-    cuts = torch.searchsorted(edge_position, torch.tensor([*begins, positions], device=hidden.device)).tolist()
+    cuts = torch.searchsorted(target_position, torch.tensor([*begins, positions], device=hidden.device)).tolist()
     logprobs, entropies = [], []
     for number, begin in enumerate(begins):
-        edges = slice(cuts[number], cuts[number + 1])
-        arguments = (hidden[begin : begin + rows], edge_position[edges] - begin, edge_token[edges])
+        targets = slice(cuts[number], cuts[number + 1])
+        arguments = (hidden[begin : begin + rows], target_position[targets] - begin, target_token[targets])
         if len(begins) == 1 or not torch.is_grad_enabled():
             scores = part(*arguments)
         else:
@@ -87,7 +87,7 @@ def chunked_logprobs(
     return torch.cat(logprobs), (torch.cat(entropies) if entropy else None)
 
 
-class _EdgeScores(torch.autograd.Function):
+class _TargetScores(torch.autograd.Function):
     """``logits (m, V) -> logprobs (e,), entropies (e,)``; saves the logits and one log-sum-exp a row, nothing else."""
 
     @staticmethod

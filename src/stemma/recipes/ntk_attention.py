@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stemma.attention.kernelized import FeatureMap, kernel_answer, kernel_sums, reference_answered_attention
+from stemma.attention.kernelized import FeatureMap, kernel_attention, kernel_sums, reference_attention_with_partial
 from stemma.data.python_text import reference_texts
 from stemma.errors import MissingExtraError
 from stemma.recipes._base_model import BaseModel, python_base, text_rows
@@ -108,14 +108,14 @@ def approximation_error(map_: FeatureMap | None, length: int, seed: int) -> floa
     scores = query @ above_key.transpose(-1, -2) * scale
 
     def attention(answer: Tensor, log_sum: Tensor) -> Tensor:
-        return reference_answered_attention(query, key, value, answer, log_sum, scale=scale, causal=True)
+        return reference_attention_with_partial(query, key, value, answer, log_sum, scale=scale, causal=True)
 
     exact = attention(scores.softmax(-1) @ above_value, scores.logsumexp(-1))
     if map_ is None:
         return (attention(torch.zeros_like(query), nothing) - exact).abs().max().item()
     projection = map_.projection(32, seed)
     sums = kernel_sums(map_(above_key, scale, projection), above_value, positive=map_.positive)
-    found = attention(*kernel_answer(map_(query, scale, projection), sums, positive=map_.positive))
+    found = attention(*kernel_attention(map_(query, scale, projection), sums, positive=map_.positive))
     return (found - exact).abs().max().item()
 
 
@@ -144,7 +144,7 @@ def _costs(setting: Setting) -> dict[str, Any]:
         sums = kernel_sums(FeatureMap()(key, 32**-0.5), value, positive=True)
 
         def standing(sums: Any = sums) -> Any:
-            return kernel_answer(FeatureMap()(query, 32**-0.5), sums, positive=True)
+            return kernel_attention(FeatureMap()(query, 32**-0.5), sums, positive=True)
 
         for name, function, rows, stored in (
             ("prefix", prefix, length, 2 * length * 32),

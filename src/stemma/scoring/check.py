@@ -139,11 +139,11 @@ def check(model: nn.Module, tree: PrefixTree | None = None, *, repeats: int = 3,
     weights = torch.from_numpy(np.random.default_rng(seed).standard_normal(int(tree.scored.sum()))).to(device)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     kept = {name: p.grad for name, p in parameters.items()}
-    edges, settings, everything = Targets.of(tree), ForwardSettings(), np.arange(tree.num_sequences)
-    index = torch.from_numpy(edges.of_scored).to(device)
+    targets, settings, everything = Targets.of(tree), ForwardSettings(), np.arange(tree.num_sequences)
+    index = torch.from_numpy(targets.of_scored).to(device)
 
     def shared() -> Tensor:
-        return tree_forward(model, tree, edges, settings)[0][index]
+        return tree_forward(model, tree, targets, settings)[0][index]
 
     def plain() -> Tensor:
         return plain_forward(model, tree, everything, settings)[0]

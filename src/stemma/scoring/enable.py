@@ -174,10 +174,10 @@ class SelfTest:
             UnsupportedModelError: they differ by more than rounding, or the model cannot run the tree.
         """
         label = f"{type(self.inner).__name__} (model type '{self.inner.config.model_type}')"
-        edges = Targets.of(self.tree)
+        targets = Targets.of(self.tree)
         try:
             with torch.no_grad(), without_dropout(self.model), _without_autocast(self.model):
-                shared, _, _, _ = tree_forward(self.model, self.tree, edges, ForwardSettings())
+                shared, _, _, _ = tree_forward(self.model, self.tree, targets, ForwardSettings())
         except UnsupportedModelError:
             raise
         except Exception as error:
@@ -185,7 +185,7 @@ class SelfTest:
                 f"{label} cannot run over a prefix tree: its forward failed on a packed row without a mask "
                 f"({type(error).__name__}: {error}). Use the plain forward for it."
             ) from error
-        shared = shared[torch.from_numpy(edges.of_scored).to(shared.device)]
+        shared = shared[torch.from_numpy(targets.of_scored).to(shared.device)]
         tolerance = TOLERANCE.get(self.inner.dtype, 1e-4)
         for got, kind in ((shared, "over a prefix tree"), (self._alone(), "once its attention is dispatched")):
             difference = float((self.alone - got).abs().max())

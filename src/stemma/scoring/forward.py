@@ -48,20 +48,20 @@ class Targets:
     token: np.ndarray
     """``(E,)`` predicted token id."""
     of_scored: np.ndarray
-    """``(S,)``: the edge of each scored token, sequence by sequence."""
+    """``(S,)``: the target of each scored token, sequence by sequence."""
 
     @classmethod
     def of(cls, tree: PrefixTree) -> "Targets":
-        """The edges of a tree. A packed token stands for the edge that leads to it."""
+        """The targets of a tree. A packed token stands for the target that leads to it."""
         targets = tree.scored_targets
         predictor = tree.previous[targets]
         order = np.argsort(predictor, kind="stable")
-        edge_of = np.zeros(tree.unique_tokens, dtype=np.int64)
-        edge_of[targets[order]] = np.arange(order.size)
-        return cls(predictor[order], tree.packed_tokens[targets[order]], edge_of[tree.path[tree.scored]])
+        target_of = np.zeros(tree.unique_tokens, dtype=np.int64)
+        target_of[targets[order]] = np.arange(order.size)
+        return cls(predictor[order], tree.packed_tokens[targets[order]], target_of[tree.path[tree.scored]])
 
     def between(self, begin: int, end: int) -> slice:
-        """The edges predicted by packed tokens ``[begin, end)``."""
+        """The targets predicted by packed tokens ``[begin, end)``."""
         return slice(*(int(cut) for cut in np.searchsorted(self.predictor, [begin, end])))
 
 
@@ -103,7 +103,7 @@ def check_model(model: nn.Module) -> None:
 
 
 class _Head:
-    """Collects the hidden states of the predicting positions and scores edges from them."""
+    """Collects the hidden states of the predicting positions and scores targets from them."""
 
     def __init__(self, model: PreTrainedModel, positions: Tensor) -> None:
         self.model, self.positions = model, positions
@@ -140,9 +140,9 @@ class _Head:
             self.raw = output
 
     def score(
-        self, logits: Tensor, edge_position: Tensor, edge_token: Tensor, settings: ForwardSettings
+        self, logits: Tensor, target_position: Tensor, target_token: Tensor, settings: ForwardSettings
     ) -> tuple[Tensor, Tensor | None]:
-        """Scores ``(E,)`` of the edges; ``logits`` are what the model returned for the two rows that went through."""
+        """Scores ``(E,)`` of the targets; ``logits`` are what the model returned for the two rows that went through."""
         label = f"{type(self.model).__name__} (model type '{self.model.config.model_type}')"
         if self.hidden is None or self.raw is None or self.autocast is None:
             raise UnsupportedModelError(
@@ -164,8 +164,8 @@ class _Head:
             return chunked_logprobs(
                 head,
                 self.hidden,
-                edge_position.to(self.hidden.device),
-                edge_token.to(self.hidden.device),
+                target_position.to(self.hidden.device),
+                target_token.to(self.hidden.device),
                 vocabulary=int(self.raw.shape[-1]),
                 temperature=settings.temperature,
                 entropy=settings.entropy,
@@ -210,7 +210,7 @@ def _tail(model: PreTrainedModel, raw: Tensor, logits: Tensor) -> _Tail | None:
 def tree_forward(
     model: nn.Module,
     tree: PrefixTree,
-    edges: Targets,
+    targets: Targets,
     settings: ForwardSettings,
     *,
     begin: int = 0,
@@ -218,12 +218,12 @@ def tree_forward(
     context: dict[nn.Module, tuple[Tensor, Tensor]] | None = None,
     capture: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, TreeCall]:
-    """Forward the packed tokens ``[begin, end)`` and score the edges they predict.
+    """Forward the packed tokens ``[begin, end)`` and score the targets they predict.
 
     Args:
         model: an enabled model.
         tree: the tree.
-        edges: its edges.
+        targets: its targets.
         settings: temperature, entropies, auxiliary loss.
         begin: first packed token.
         end: behind the last one (default: all).
@@ -231,15 +231,15 @@ def tree_forward(
         capture: keep keys and values for calls below.
 
     Returns:
-        Log-probabilities of ``edges.between(begin, end)``, entropies or None, the auxiliary loss or None, and the call
-        with what was captured.
+        Log-probabilities of ``targets.between(begin, end)``, entropies or None, the auxiliary loss or None, and the
+        call with what was captured.
     """
     inner = base_model(model)
     layout = Layout.of(tree, begin, end)
     end = begin + layout.num_tokens
     device = inner.get_input_embeddings().weight.device
-    part = edges.between(begin, end)
-    predictors, edge_position = np.unique(edges.predictor[part] - begin, return_inverse=True)
+    part = targets.between(begin, end)
+    predictors, target_position = np.unique(targets.predictor[part] - begin, return_inverse=True)
     head = _Head(inner, torch.from_numpy(predictors))
     call = TreeCall(layout, context or {}, capture)
     extra: dict[str, Any] = {"output_router_logits": True} if settings.aux_loss else {}
@@ -256,7 +256,7 @@ def tree_forward(
         )
     check_calls(model, call)
     logprobs, entropies = head.score(
-        output.logits, torch.from_numpy(edge_position.reshape(-1)), torch.from_numpy(edges.token[part]), settings
+        output.logits, torch.from_numpy(target_position.reshape(-1)), torch.from_numpy(targets.token[part]), settings
     )
     return logprobs, entropies, _aux_loss(inner, output, settings), call
 

@@ -72,9 +72,9 @@ def score(
     if chosen == "streamed":
         assert max_tokens is not None
         return streamed_scores(model, tree, settings, max_tokens)
-    edges = Targets.of(tree)
-    logprobs, entropies, aux, _ = tree_forward(model, tree, edges, settings)
-    index = torch.from_numpy(edges.of_scored).to(logprobs.device)
+    targets = Targets.of(tree)
+    logprobs, entropies, aux, _ = tree_forward(model, tree, targets, settings)
+    index = torch.from_numpy(targets.of_scored).to(logprobs.device)
     return make_scores(
         tree,
         logprobs[index],

@@ -32,9 +32,9 @@ Context = dict[nn.Module, tuple[Tensor, Tensor]]
 
 @dataclass(eq=False)
 class _Result:
-    """Edge scores of one part, cut out of its graph: whoever uses them leaves gradients in ``.grad``."""
+    """Scores of the targets of one part, cut out of its graph: whoever uses them leaves gradients in ``.grad``."""
 
-    edges: slice
+    targets: slice
     logprobs: Tensor
     entropies: Tensor | None
 
@@ -42,7 +42,7 @@ class _Result:
 def _walk(
     model: nn.Module,
     tree: PrefixTree,
-    edges: Targets,
+    targets: Targets,
     settings: ForwardSettings,
     parts: list[Part],
     consume: Callable[[Part, list[_Result]], None],
@@ -52,10 +52,10 @@ def _walk(
     """Forward each part, let ``consume`` use its scores, walk below it, then back-propagate through it."""
     for part in parts:
         logprobs, entropies, _, call = tree_forward(
-            model, tree, edges, settings, begin=part.begin, end=part.end, context=context, capture=bool(part.below)
+            model, tree, targets, settings, begin=part.begin, end=part.end, context=context, capture=bool(part.below)
         )
         result = _Result(
-            edges.between(part.begin, part.end),
+            targets.between(part.begin, part.end),
             _leaf(logprobs),
             None if entropies is None else _leaf(entropies),
         )
@@ -75,7 +75,7 @@ def _walk(
                 below[module] = cut
                 outputs += pair
                 leaves += cut
-            _walk(model, tree, edges, settings, part.below, consume, below, path)
+            _walk(model, tree, targets, settings, part.below, consume, below, path)
         path.pop()
         ends = zip(outputs, leaves, strict=True)
         used = [(out, leaf.grad) for out, leaf in ends if out.requires_grad and leaf.grad is not None]
@@ -99,18 +99,18 @@ def streamed_backward(
 
     Arguments and result as of :func:`stemma.backward`.
     """
-    edges = Targets.of(tree)
+    targets = Targets.of(tree)
     sequence_of_scored = np.repeat(np.arange(tree.num_sequences), tree.lengths)[tree.scored]
-    kept, total = _EdgeBuffer(edges, settings), []
+    kept, total = _TargetBuffer(targets, settings), []
 
     def consume(part: Part, path: list[_Result]) -> None:
         kept.store(path[-1])
         if part.sequences.size == 0:
             return
-        scored = edges.of_scored[np.isin(sequence_of_scored, part.sequences)]
-        # Targets of the path stand one part behind the other; find each scored edge in that row.
-        starts = np.array([result.edges.start for result in path])
-        sizes = np.array([result.edges.stop - result.edges.start for result in path])
+        scored = targets.of_scored[np.isin(sequence_of_scored, part.sequences)]
+        # Targets of the path stand one part behind the other; find each scored target in that row.
+        starts = np.array([result.targets.start for result in path])
+        sizes = np.array([result.targets.stop - result.targets.start for result in path])
         owner = np.searchsorted(starts, scored, side="right") - 1
         index = torch.from_numpy(scored - starts[owner] + (np.cumsum(sizes) - sizes)[owner])
         logprobs = torch.cat([result.logprobs for result in path])
@@ -129,7 +129,7 @@ def streamed_backward(
             value.backward()
         total.append(value.detach())
 
-    _walk(model, tree, edges, settings, partition(tree, max_tokens), consume, {}, [])
+    _walk(model, tree, targets, settings, partition(tree, max_tokens), consume, {}, [])
     return torch.stack(total).sum(), kept.scores(tree)
 
 
@@ -137,11 +137,11 @@ def streamed_scores(model: nn.Module, tree: PrefixTree, settings: ForwardSetting
     """Scores of a tree over the budget, with a backward that streams again."""
     if settings.aux_loss:
         raise ValueError("The auxiliary loss is not a sum over parts of a batch: raise max_tokens or drop aux_loss.")
-    edges = Targets.of(tree)
+    targets = Targets.of(tree)
     parts = partition(tree, max_tokens)
-    kept = _EdgeBuffer(edges, settings)
+    kept = _TargetBuffer(targets, settings)
     with torch.no_grad():
-        _walk(model, tree, edges, settings, parts, lambda _, path: kept.store(path[-1]), {}, [])
+        _walk(model, tree, targets, settings, parts, lambda _, path: kept.store(path[-1]), {}, [])
     logprobs, entropies = kept.values()
     if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters()):
         # Autograd runs the replay only for a result that depends on something with a gradient.
@@ -152,17 +152,17 @@ def streamed_scores(model: nn.Module, tree: PrefixTree, settings: ForwardSetting
         def replay(grad_logprobs: Tensor, grad_entropies: Tensor | None) -> None:
             def consume(_: Part, path: list[_Result]) -> None:
                 result = path[-1]
-                result.logprobs.grad = grad_logprobs[result.edges]
+                result.logprobs.grad = grad_logprobs[result.targets]
                 if result.entropies is not None and grad_entropies is not None:
-                    result.entropies.grad = grad_entropies[result.edges]
+                    result.entropies.grad = grad_entropies[result.targets]
 
             # The backward runs outside the caller's autocast; the second forward must be the first one again.
             with torch.enable_grad(), torch.autocast(device, dtype=dtype, enabled=autocast):
-                _walk(model, tree, edges, settings, parts, consume, {}, [])
+                _walk(model, tree, targets, settings, parts, consume, {}, [])
 
         logprobs, replayed = _Replay.apply(anchor, logprobs, entropies, replay)
         entropies = replayed if settings.entropy else None
-    index = torch.from_numpy(edges.of_scored).to(logprobs.device)
+    index = torch.from_numpy(targets.of_scored).to(logprobs.device)
     return make_scores(
         tree,
         logprobs[index],
@@ -190,19 +190,19 @@ class _Replay(torch.autograd.Function):
         return None, None, None, None
 
 
-class _EdgeBuffer:
-    """Edge scores of all parts, detached, in one row."""
+class _TargetBuffer:
+    """Scores of the targets of all parts, detached, in one row."""
 
-    def __init__(self, edges: Targets, settings: ForwardSettings) -> None:
-        self.edges, self.settings = edges, settings
+    def __init__(self, targets: Targets, settings: ForwardSettings) -> None:
+        self.targets, self.settings = targets, settings
         self.parts: list[_Result] = []
 
     def store(self, result: _Result) -> None:
         entropies = None if result.entropies is None else result.entropies.detach()
-        self.parts.append(_Result(result.edges, result.logprobs.detach(), entropies))
+        self.parts.append(_Result(result.targets, result.logprobs.detach(), entropies))
 
     def values(self) -> tuple[Tensor, Tensor | None]:
-        ordered = sorted(self.parts, key=lambda result: result.edges.start)
+        ordered = sorted(self.parts, key=lambda result: result.targets.start)
         logprobs = torch.cat([result.logprobs for result in ordered])
         return logprobs, (
             torch.cat([r.entropies for r in ordered if r.entropies is not None]) if self.settings.entropy else None
@@ -210,7 +210,7 @@ class _EdgeBuffer:
 
     def scores(self, tree: PrefixTree) -> Scores:
         logprobs, entropies = self.values()
-        index = torch.from_numpy(self.edges.of_scored).to(logprobs.device)
+        index = torch.from_numpy(self.targets.of_scored).to(logprobs.device)
         return make_scores(
             tree,
             logprobs[index],

@@ -12,11 +12,11 @@ the paper                                             here
 ====================================================  ==================================================================
 ``phi(x) = elu(x / d^(1/4)) + 1`` (its code)          `stemma.attention.kernelized.FeatureMap`
 ``Z = sum_j phi(k_j) v_j^T``, ``k = sum_j phi(k_j)``  `kernel_sums`, parameters of a `KernelPrefix` per layer
-``(A V + phi(Q) Z) / (A 1 + phi(Q) k)``               one more answer ``phi(q) Z / (phi(q) . k)`` with log-sum-exp
+``(A V + phi(Q) Z) / (A 1 + phi(Q) k)``               one more term ``phi(q) Z / (phi(q) . k)`` with log-sum-exp
                                                       ``log(phi(q) . k)``, merged with the layer's own attention
 ====================================================  ==================================================================
 
-What we changed and why: answers are merged by log-sum-exp and the positive map is handled by its logarithm, so that no
+What we changed and why: terms are merged by log-sum-exp and the positive map is handled by its logarithm, so that no
 score overflows (the published order, a maximum taken before masking, gives NaN rows for scores above ten). ``k`` is
 positive as ``exp`` of a parameter, not as ``|k|``, whose gradient at the usual start 0 is 0. The other parameter is
 ``Z / k``, the features' mean values, so that a step does not depend on the length of the prefix. ``phi`` is divided by
@@ -27,9 +27,9 @@ prefix per key head of grouped queries are options.
 The prefix is in no cache: positions, masks and lengths stay as they are. Keys of a given prefix are therefore taken at
 the positions before 0 where positions are relative.
 
-Sums are additive, so several adapters on one model answer together as one prefix (:func:`set_adapter`).
+Sums are additive, so several adapters on one model act together as one prefix (:func:`set_adapter`).
 
-Relations: `stemma.attention.tree` merges the same kind of answer for shared prefixes with keys. Prefix tuning, P-tuning
+Relations: `stemma.attention.tree` merges the same kind of term for shared prefixes with keys. Prefix tuning, P-tuning
 v2 and LoRA are in the package peft; LoRA can be trained together with this.
 """
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from stemma.attention.decode import merge
 from stemma.errors import UnsupportedModelError
 from stemma.models.adapter import base_model, is_enabled
-from stemma.models.layer_attention import KERNEL_PREFIX, place
+from stemma.models.layer_attention import KERNEL_PREFIX, layer_name
 from stemma.scoring.enable import disable, enable
 from stemma.tune.ntk_attention.kernel_prefix import KernelPrefix
 
@@ -34,18 +34,18 @@ class NamedPrefixes(nn.ModuleDict):
     forward."""
 
     active: tuple[str, ...] = ()
-    """Names of those that answer."""
+    """Names of those that are active."""
     read = False
     """Whether attention asked since the attention module was called."""
 
     def forward(self, query: Tensor, scale: float) -> tuple[Tensor, Tensor] | None:
-        """The merged answer of the active prefixes, which is that of one prefix with their sums added up; see
+        """The merged attention over the active prefixes, which is that of one prefix with their sums added up; see
         :class:`KernelPrefix`."""
         self.read = True
         found: tuple[Tensor, Tensor] | None = None
         for name in self.active:
-            answer = self[name](query, scale)
-            found = answer if found is None else merge(*found, *answer)
+            partial = self[name](query, scale)
+            found = partial if found is None else merge(*found, *partial)
         return found
 
     def add_to(self, module: nn.Module) -> None:
@@ -68,8 +68,8 @@ def _refuse_unread(module: Any, arguments: Any, output: Any) -> None:
     prefixes = module.get_submodule(KERNEL_PREFIX)
     if prefixes.active and not prefixes.read:
         raise UnsupportedModelError(
-            f"{place(module)} has a learned prefix but did not attend through stemma's attention, so the prefix was "
-            "ignored. Call stemma.enable(model, self_test=False), or disable the adapter."
+            f"{layer_name(module)} has a learned prefix but did not attend through stemma's attention, so the prefix "
+            "was ignored. Call stemma.enable(model, self_test=False), or disable the adapter."
         )
 
 
@@ -90,7 +90,7 @@ def adapter_names(model: Any) -> list[str]:
 
 
 def active_adapters(model: Any) -> list[str]:
-    """Names of the adapters that answer."""
+    """Names of the active adapters."""
     return list(dict.fromkeys(name for prefixes in prefixes_of(model).values() for name in prefixes.active))
 
 
@@ -150,7 +150,7 @@ def _peft_parameters(inner: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def set_adapter(model: Any, adapter_name: str | Sequence[str]) -> None:
-    """Let one adapter answer, or several together; their sums add up. They are the ones to be trained from now on.
+    """Let one adapter act, or several together; their sums add up. They are the ones to be trained from now on.
 
     Raises:
         ValueError: there is no such adapter, a name twice, or none (:func:`disable_adapter` is for that).

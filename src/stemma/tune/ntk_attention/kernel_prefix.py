@@ -1,11 +1,11 @@
-"""The sub-module of an attention module that answers for a prefix by two sums over its features."""
+"""The sub-module of an attention module that attends to a prefix by two sums over its features."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stemma.attention.kernelized import FeatureMap, KernelSums, kernel_answer, kernel_sums
+from stemma.attention.kernelized import FeatureMap, KernelSums, kernel_attention, kernel_sums
 from stemma.attention.kernels import in_own_precision
 
 __all__ = ["KernelPrefix"]
@@ -88,22 +88,23 @@ class KernelPrefix(nn.Module):
         return KernelSums(self.key, self.value if self.rank is None else self.value_left @ self.value_right)
 
     def forward(self, query: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """The answer ``(rows, heads, n, value_dim)`` to queries ``(rows, heads, n, head_dim)``, and its log-sum-exp."""
+        """Attention over the prefix, ``(rows, heads, n, value_dim)`` for queries ``(rows, heads, n, head_dim)``,
+        and its log-sum-exp ``(rows, heads, n)``."""
         with in_own_precision(query.device):
-            return self._answer(query, scale)
+            return self._attention(query, scale)
 
-    def _answer(self, query: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    def _attention(self, query: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         sums, positive = self.sums, self.feature_map.positive
         present = self.rows >= 0
         asked = query if self.everywhere else query[:, present]
         row = self.rows if self.everywhere else self.rows[present]
         features = self.feature_map(asked, scale, self.projection)
-        answer, log_sum = kernel_answer(features, KernelSums(sums.key[row], sums.value[row]), positive=positive)
+        partial, log_sum = kernel_attention(features, KernelSums(sums.key[row], sums.value[row]), positive=positive)
         if self.everywhere:
-            return answer, log_sum
+            return partial, log_sum
         heads = present.nonzero()[:, 0]
-        none = answer.new_zeros(*query.shape[:3], answer.shape[-1]), log_sum.new_full(query.shape[:3], float("-inf"))
-        return none[0].index_copy(1, heads, answer), none[1].index_copy(1, heads, log_sum)
+        none = partial.new_zeros(*query.shape[:3], partial.shape[-1]), log_sum.new_full(query.shape[:3], float("-inf"))
+        return none[0].index_copy(1, heads, partial), none[1].index_copy(1, heads, log_sum)
 
     @torch.no_grad()
     def fill(self, key: Tensor, value: Tensor, scale: float, weight: float = 1.0) -> None:
