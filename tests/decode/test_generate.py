@@ -302,7 +302,7 @@ def test_rotary_frequencies_that_change_with_the_length_are_refused():
     check_lengths(model, dynamic_rope_limit(model))
     model.config.max_position_embeddings = 4096
     with (
-        mock.patch("stemma.decode.shared_prefix.dynamic_rope_limit", return_value=512),
+        mock.patch("stemma.models.limits.dynamic_rope_limit", return_value=512),
         pytest.raises(stemma.InvalidBatchError, match="rotary frequencies"),
     ):
         generate(model, None, [[5] * 500], max_new_tokens=13)

@@ -9,7 +9,7 @@ import stemma
 from stemma.decode import loop as decoding
 from stemma.decode.rollout import generate_groups
 from stemma.models.tiny import tiny_model
-from stemma.scoring import check as verify
+from stemma.scoring import enable as switch
 
 VOCAB = 23
 EOS = [2, 3, 7, 9]
@@ -89,8 +89,8 @@ def test_sampled_and_trained_log_probabilities_agree_to_rounding(dtype):
 
 def test_a_model_is_tested_once_and_comes_back_as_it_was(caches, monkeypatch):
     model, tests = make("llama").float(), []
-    enable = verify.enable
-    monkeypatch.setattr(verify, "enable", lambda *args, **options: tests.append(options) or enable(*args, **options))
+    enable = switch.enable
+    monkeypatch.setattr(switch, "enable", lambda *args, **options: tests.append(options) or enable(*args, **options))
     for _ in range(2):
         generate_groups(model, PROMPTS, **CALL)
         assert model.config._attn_implementation == "sdpa"

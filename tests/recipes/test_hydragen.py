@@ -2,9 +2,9 @@
 
 import json
 
-from stemma.decode.generate import run
 from stemma.recipes import hydragen as _recipe_hydragen
 from stemma.recipes._runs import Options
+from stemma.recipes.hydragen import run
 
 
 def test_the_reproduction_runs_and_finished_runs_are_read(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from stemma.pretrain import jrt
+from stemma.recipes import jrt
 from stemma.recipes._runs import Options
 from stemma.recipes.jrt import Disjointness, Recall, Setting, prefill_flops, rows_for
 from stemma.train.seeds import stream

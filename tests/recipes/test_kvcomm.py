@@ -5,7 +5,7 @@ import json
 from stemma.recipes import kvcomm as _recipe_kvcomm
 from stemma.recipes._kvcomm_report import OURS, WAYS
 from stemma.recipes._runs import Options
-from stemma.serve.kvcomm import run
+from stemma.recipes.kvcomm import run
 
 
 def test_the_reproduction_runs_and_finished_runs_are_read(tmp_path, monkeypatch):

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from stemma.recipes._runs import Options
-from stemma.recipes.ntk_attention import MAPS, METHODS, approximation_error
-from stemma.tune.ntk_attention import run
+from stemma.recipes.ntk_attention import MAPS, METHODS, approximation_error, run
 
 
 def test_errors_fall_with_the_length_and_with_the_degree() -> None:

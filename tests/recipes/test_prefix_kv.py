@@ -6,7 +6,7 @@ import pytest
 
 from stemma.recipes import prefix_kv as _recipe_prefix_kv
 from stemma.recipes._runs import Options
-from stemma.serve.prefix_kv import run
+from stemma.recipes.prefix_kv import run
 
 
 def test_the_reproduction_runs_and_finished_runs_are_read(tmp_path, monkeypatch):

@@ -46,7 +46,7 @@ def small_study(tmp_path, cache, **changes):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_reproduction_runs_and_resumes(method, tmp_path, cache, capsys):
-    module = import_module(f"stemma.rl.{method.replace('-', '_')}")
+    module = import_module(f"stemma.recipes.{method.replace('-', '_')}")
     options = Options(output_dir=tmp_path, cache_dir=cache, quick=True)
     result = module.run(options)
     capsys.readouterr()

@@ -15,11 +15,12 @@ from stemma.data import diallock
 from stemma.errors import StemmaError
 from stemma.models.tiny import tiny_model
 from stemma.rl import grpo
+from stemma.rl.engine import trainer
 from stemma.train import sharding
 from stemma.train.sharding import check_plugin
 
 WORKER = Path(__file__).with_name("fsdp_worker.py")
-SHIPPED = WORKER.parents[2] / "examples" / "accelerate" / "fsdp2.yaml"
+SHIPPED = WORKER.parents[3] / "examples" / "accelerate" / "fsdp2.yaml"
 
 
 def run(folder: Path, processes: int, family: str, per_device: int, options: dict[str, Any]) -> dict[str, Any]:
@@ -103,7 +104,7 @@ def test_other_settings_are_refused(settings: dict[str, Any], message: str) -> N
 def test_the_trainer_refuses_what_does_not_go_with_fsdp(
     monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], generator: Any, message: str
 ) -> None:
-    monkeypatch.setattr(grpo, "fsdp_plugin", lambda _: plugin())
+    monkeypatch.setattr(trainer, "fsdp_plugin", lambda _: plugin())
     model = tiny_model("llama", vocab_size=diallock.VOCAB_SIZE)
     config = grpo.Config(num_generations=2, per_device_train_batch_size=2, **options)
     with pytest.raises(ValueError, match=message):
