@@ -1,7 +1,7 @@
-"""The page of methods, docs/methods.md, from their files and rows: `python benchmarks/methods.py`.
+"""The pages of methods, docs/methods.md and docs/api-methods.md, from files and rows: `python benchmarks/methods.py`.
 
-It says what `stemma methods` says. `--check` writes nothing and exits with status 1 when the page is not what files and
-rows say.
+The first says what `stemma methods` says; the second has the docstrings, which mkdocstrings fills in. `--check` writes
+nothing and exits with status 1 when a page is not what files and rows say.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,7 +21,7 @@ from benchmarks.tables import prose  # noqa: E402
 from stemma.cli.methods import ROOMS, Method, measured, methods, outcome  # noqa: E402
 from stemma.recipes._tables import claims_table  # noqa: E402
 
-PAGE = ROOT / "docs" / "methods.md"
+PAGE, API = ROOT / "docs" / "methods.md", ROOT / "docs" / "api-methods.md"
 INTRODUCTION = (
     """Every method with its paper, what the paper claims and what was measured here, at laptop scale. The page is made
     from the rows that [reproductions](recipes.md) leave, as is the answer of `stemma methods`, so it cannot claim what
@@ -33,19 +34,36 @@ def page(results: Path = RESULTS) -> str:
     known = methods(results)
     parts = ["<!-- Made by benchmarks/methods.py from src/stemma and benchmarks/results; do not edit. -->\n# Methods"]
     parts += [prose(paragraph) for paragraph in INTRODUCTION]
-    for room, heading in ROOMS.items():
-        members = [method for method in known.values() if method.room == room]
-        if members:
-            parts += [f"## {heading}", *(part for method in members for part in _section(method))]
+    for heading, members in _by_room(known):
+        parts += [f"## {heading}", *(part for method in members for part in _section(method))]
     return "\n\n".join(parts) + "\n"
+
+
+def api() -> str:
+    """docs/api-methods.md."""
+    parts = ["<!-- Made by benchmarks/methods.py from src/stemma; do not edit. -->\n# Methods in Python"]
+    parts.append("Made from the docstrings; the examples run in the tests. Names of `stemma` itself: [API](api.md).")
+    for heading, members in _by_room(methods()):
+        parts += [f"## {heading}", *(f"::: {_module(method)}" for method in members)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _by_room(known: Mapping[str, Method]) -> list[tuple[str, list[Method]]]:
+    """Heading and methods of each room that has some."""
+    found = [(heading, [m for m in known.values() if m.room == room]) for room, heading in ROOMS.items()]
+    return [(heading, members) for heading, members in found if members]
+
+
+def _module(method: Method) -> str:
+    return f"stemma.{method.room}.{method.name.replace('-', '_')}"
 
 
 def _section(method: Method) -> list[str]:
     """What the page says about one method."""
     paper = method.paper
     source = f"[{paper.title}](https://arxiv.org/abs/{paper.arxiv}) ({paper.year}, arXiv {paper.arxiv})."
-    module = f"`stemma.{method.room}.{method.name.replace('-', '_')}`"
-    parts = [f"### {method.name}", f"{method.purpose}  \n{source}  \n{module}"]
+    module = _module(method)
+    parts = [f"### {method.name}", f"{method.purpose}  \n{source}  \n[`{module}`](api-methods.md#{module})"]
     if not method.rows:
         return [*parts, prose(_sentence(outcome(method)))]
     if method.claims:
@@ -64,11 +82,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="only compare; status 1 when the page is stale")
     given = parser.parse_args(arguments)
+    wanted = {PAGE: page(), API: api()}
     if not given.check:
-        write_atomically(PAGE, page())
-    elif PAGE.read_text(encoding="utf-8") != page():
-        print(f"{PAGE.relative_to(ROOT)} is not what files and rows say; run: python benchmarks/methods.py")
-        sys.exit(1)
+        for path, text in wanted.items():
+            write_atomically(path, text)
+        return
+    stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    for path in stale:
+        print(f"{path.relative_to(ROOT)} is not what files and rows say; run: python benchmarks/methods.py")
+    sys.exit(bool(stale))
 
 
 if __name__ == "__main__":

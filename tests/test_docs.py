@@ -151,10 +151,11 @@ def test_command_lines_of_the_page_parse(path: Path, tmp_path: Path, monkeypatch
 
 
 def anchors(path: Path) -> set[str]:
-    """Anchors that headings of a Markdown file get."""
+    """Anchors that headings of a Markdown file get, and the names whose docstrings it shows (`::: name`)."""
     text = FENCE.sub("", path.read_text(encoding="utf-8"))
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+    slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+    return slugs | set(re.findall(r"^::: (\S+)$", text, re.MULTILINE))
 
 
 @pytest.mark.parametrize("path", PAGES, ids=page_id)
@@ -183,6 +184,11 @@ def test_every_command_has_its_section() -> None:
     page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     for name in dispatcher.commands():
         assert f"## `stemma {name}`" in page
+
+
+def test_the_reference_shows_every_public_name() -> None:
+    page = ROOT / "docs" / "api.md"
+    assert {f"stemma.{name}" for name in stemma.__all__ if name != "__version__"} <= anchors(page)
 
 
 def test_every_page_is_in_the_navigation() -> None:

@@ -254,12 +254,12 @@ class PrefixTree:
 
     @property
     def num_sequences(self) -> int:
-        """``N``."""
+        """Number of sequences, `N`."""
         return int(self.offsets.size - 1)
 
     @property
     def num_nodes(self) -> int:
-        """``R``."""
+        """Number of nodes, `R`."""
         return int(self.node_start.size)
 
     @property
