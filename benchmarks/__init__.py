@@ -1,1 +1,1 @@
-"""The measurements behind the README's table: `python benchmarks/run.py`, then `python benchmarks/tables.py`."""
+"""The measurements behind the README's numbers: `python benchmarks/run.py`, then `python benchmarks/tables.py`."""

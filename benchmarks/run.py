@@ -1,7 +1,7 @@
 """Run the benchmarks and write result rows: `python benchmarks/run.py`.
 
 The standard run takes about a quarter of an hour on two cores and wants a quiet machine. Then `python
-benchmarks/tables.py` makes the README's table, docs/benchmarks.md and the figures from the rows.
+benchmarks/tables.py` makes the first table of the README, docs/benchmarks.md and the figures from the rows.
 """
 
 from __future__ import annotations

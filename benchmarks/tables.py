@@ -1,4 +1,4 @@
-"""Make the README's table, docs/benchmarks.md and its figures from the result rows: `python benchmarks/tables.py`.
+"""Make the README's numbers, docs/benchmarks.md and its figures from the result rows: `python benchmarks/tables.py`.
 
 `--check` writes nothing and exits with status 1 when a table is not what the rows say.
 """
@@ -19,7 +19,8 @@ from benchmarks.baselines import METHODS  # noqa: E402
 from benchmarks.pages import with_block  # noqa: E402
 from benchmarks.rows import RESULTS, SECTIONS, Row, find, load, write_atomically  # noqa: E402
 
-README, PAGE, FIGURES = ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "figures"
+README, INDEX = ROOT / "README.md", ROOT / "docs" / "index.md"
+PAGE, FIGURES = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "figures"
 TIMED = ("W1", "W2", "W3", "W4", "W5", "W6", "GSM8K", "U1", "U2", "U3")
 SHOWN = ("hf_packed", "dense_mask_tree", "prefix_grouper", "prefix_grouper_trimmed", "stemma")
 GROUPERS = ("prefix_grouper", "prefix_grouper_trimmed")
@@ -82,6 +83,10 @@ class Results:
         ]
         return max(rows, key=lambda row: row["value"], default=None)
 
+    def decoded(self, method: str, metric: str, baseline: str | None) -> Row | None:
+        """A row of the generation benchmark."""
+        return self.any_of("hydragen", workload=DECODED, method=method, metric=metric, baseline=baseline)
+
     def shapes(self, workload: str) -> dict:
         row = self.speed(workload, "stemma", "cpu_speedup")
         assert row is not None
@@ -94,35 +99,31 @@ def title(workload: str) -> str:
     return workloads.make(workload).title
 
 
-def readme_block(results: Results) -> str:
-    """What stands between the README's markers."""
+UPDATES = {
+    "W1": "GRPO update: 8 completions of 128 tokens, prompt of 1,024",
+    "W2": "GRPO update: 8 completions of 64 tokens, prompt of 2,048",
+    "U2": "almost nothing to share: 8 completions of 256 tokens, prompt of 16",
+}
+DECODED = "B32 P2048 K8"
+CACHES = {"hf_default": "transformers' default cache", "in_place": "a cache that grows in place"}
+
+
+def headline(results: Results) -> str:
+    """What README and the first page of the site say at once."""
     body = []
-    for name in results.timed:
-        shapes = results.shapes(name)
-        body.append(
-            [
-                f"{name}: {title(name)}",
-                f"{shapes['total_tokens']:,} → {shapes['unique_tokens']:,}",
-                f"{shapes['speed_bound']:.2f}×",
-                f"**{times(results.speed(name, 'stemma', 'cpu_speedup'))}**",
-                times(results.speed(name, "prefix_grouper", "cpu_speedup")),
-                *(mib(results.speed(name, m, "saved_bytes", None)) for m in ("hf_padded", "prefix_grouper", "stemma")),
-            ]
-        )
-    head = ["workload", "tokens → distinct", "FLOPs bound", "Stemma", "prefix_grouper"]
-    text = table([*head, "MiB saved: padded", "prefix_grouper", "Stemma"], body)
-    exact = results.error("gradient_error", "float64")
+    for name, text in UPDATES.items():
+        memory = " → ".join(mib(results.speed(name, m, "saved_bytes", None)) for m in ("hf_padded", "stemma"))
+        body.append([text, "padded batch", f"**{times(results.speed(name, 'stemma', 'cpu_speedup'))}**", memory])
+    for baseline, text in CACHES.items():
+        memory = " → ".join(mib(results.decoded(m, "cache_bytes", None)) for m in (baseline, "stemma"))
+        speed = times(results.decoded("stemma", "cpu_speedup", baseline))
+        body.append(["32 samples of a prompt of 2,048 tokens", text, f"**{speed}**", memory])
     note = prose(
-        f"""Speed-ups are over Hugging Face padded with `logits_to_keep` (median of interleaved runs, CPU time,
-        {threads_text(results.threads)}). MiB saved is what autograd keeps for the backward pass. Largest gradient
-        error against each row alone in float64: {scientific(exact)} relative. {setting(results)}"""
+        f"""CPU time of {threads_text(results.threads)}, over the same Llama in Hugging Face transformers. MiB are what
+        autograd keeps for the backward pass; for samples, keys and values. Largest difference of a gradient to that of
+        each sequence alone, in float64: {scientific(results.error("gradient_error", "float64"))} relative."""
     )
-    above = prose(
-        """Where a speed-up is above the bound, on W6 most of all, the padded batch pays page faults for its larger
-        allocations, which a count of operations leaves out; see
-        [benchmarks](docs/benchmarks.md#time-of-a-training-step)."""
-    )
-    return f"{text}\n\n{note}\n\n{above}"
+    return f"{table(['', 'compared with', 'faster', 'MiB'], body)}\n\n{note}"
 
 
 def threads_text(threads: int) -> str:
@@ -365,10 +366,9 @@ def main(arguments: list[str] | None = None) -> None:
     rows = {section: load(RESULTS / f"{section}.jsonl") for section in SECTIONS}
     if not rows["speed"]:
         sys.exit("no rows in benchmarks/results; run: python benchmarks/run.py")
-    wanted = {
-        README: with_block(README.read_text(encoding="utf-8"), readme_block(Results(rows, threads=1))),
-        PAGE: page(rows),
-    }
+    block = headline(Results(rows, threads=1))
+    wanted = {path: with_block(path.read_text(encoding="utf-8"), block, "headline") for path in (README, INDEX)}
+    wanted[PAGE] = page(rows)
     if check:
         stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
         for path in stale:
@@ -377,7 +377,7 @@ def main(arguments: list[str] | None = None) -> None:
     for path, text in wanted.items():
         write_atomically(path, text)
     figures.draw(rows, FIGURES)
-    print("written: README.md, docs/benchmarks.md and its figures")
+    print("written: README.md, docs/index.md, docs/benchmarks.md and its figures")
 
 
 if __name__ == "__main__":

@@ -138,11 +138,12 @@ def test_rows_of_a_measurement_are_replaced_and_carry_no_place(tmp_path):
 
 def test_tables_are_made_from_rows_and_staleness_is_noticed(tmp_path, monkeypatch, capsys):
     filled(tmp_path)
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- results:begin -->\nold\n<!-- results:end -->\nafter\n")
-    for name, value in {"ROOT": tmp_path, "README": readme, "PAGE": tmp_path / "page.md", "RESULTS": tmp_path}.items():
+    readme, index = tmp_path / "README.md", tmp_path / "index.md"
+    for page in (readme, index):
+        page.write_text("before\n<!-- headline:begin -->\nold\n<!-- headline:end -->\nafter\n")
+    places = {"ROOT": tmp_path, "RESULTS": tmp_path, "FIGURES": tmp_path / "figures", "PAGE": tmp_path / "page.md"}
+    for name, value in {**places, "README": readme, "INDEX": index}.items():
         monkeypatch.setattr(tables, name, value)
-    monkeypatch.setattr(tables, "FIGURES", tmp_path / "figures")
     with pytest.raises(SystemExit) as stale:
         tables.main(["--check"])
     assert stale.value.code == 1
@@ -152,7 +153,8 @@ def test_tables_are_made_from_rows_and_staleness_is_noticed(tmp_path, monkeypatc
     text = readme.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
-    assert "| W1: P 1024, R 128, G 8 | 9,216 → 2,048 | 3.67× | **3.50×** | 2.50× |" in text
+    assert f"| {tables.UPDATES['W1']} | padded batch | **3.50×** | – → 3584 |" in text
+    assert "| W1: P 1024, R 128, G 8 | 4.50 | 3.67× |" in (tmp_path / "page.md").read_text()
     assert (tmp_path / "figures" / "speed.svg").exists()
     with pytest.raises(SystemExit) as fresh:
         tables.main(["--check"])

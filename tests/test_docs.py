@@ -180,6 +180,17 @@ def test_the_two_commands_of_the_readme_are_what_ci_runs() -> None:
     assert {"./dev demo", "./dev test", "./dev lint"} == set(steps)
 
 
+def test_model_types_that_the_readme_names_are_what_it_says() -> None:
+    census = (ROOT / "docs" / "support.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for result, sentence in (("exact", r"\bLlama, .*? are exact"), ("refused", r"such as (.*?), is refused by name")):
+        types = re.findall(rf"^\| `([^`]+)` \| [^|]* \| {result} \|", census, re.MULTILINE)
+        found = re.search(sentence, readme, re.DOTALL)
+        assert found
+        for name in re.findall(r"[A-Z][\w-]+", found[0]):
+            assert any(each.startswith(name.lower().replace("-", "_")) for each in types), f"{name} is not {result}"
+
+
 def test_every_command_has_its_section() -> None:
     page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     for name in dispatcher.commands():
