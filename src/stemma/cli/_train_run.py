@@ -14,10 +14,11 @@ from stemma.cli._flags import flat
 from stemma.cli._train_jobs import Job, checkpoint_job, diallock_job
 from stemma.cli.train import grpo_options
 from stemma.data.traces import read_traces
-from stemma.decode.rollout import Generator, LocalGenerator, check_prompts
+from stemma.decode.rollout import Generator, LocalGenerator
 from stemma.decode.server import ServerGenerator
 from stemma.errors import MissingExtraError, StemmaError
 from stemma.models.adapter import base_model
+from stemma.models.limits import check_prompts
 from stemma.rl import grpo, pppo, prefix_rft, prefix_rl, tempo
 from stemma.train import checkpoint, sft
 from stemma.train.fit import run_steps

@@ -22,6 +22,7 @@ from torch import Tensor
 from stemma.decode.loop import Decoder
 from stemma.decode.sampling import StopCondition, TokenSampler
 from stemma.errors import InvalidBatchError, UnsupportedModelError
+from stemma.models.limits import check_prompts, vocabulary_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -182,7 +183,9 @@ def generate_groups(
     check_prompts(model, prompt_ids, max_new_tokens)
     eos_ids = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
     stop = StopCondition(eos_ids, stop_strings, tokenizer)
-    forced_ids = checked_forced(forced, len(prompt_ids), num_generations, max_new_tokens, eos_ids, vocab_size_of(model))
+    forced_ids = checked_forced(
+        forced, len(prompt_ids), num_generations, max_new_tokens, eos_ids, vocabulary_size(model)
+    )
     uniform_BGT = _uniform(seed, len(prompt_ids), num_generations, max_new_tokens)
     groups_at_once = len(prompt_ids) if max_batch_size is None else max(1, max_batch_size // num_generations)
 
@@ -232,11 +235,6 @@ def check_counts(**counts: int | None) -> None:
             raise ValueError(f"{name} must be at least 1, got {value}")
 
 
-def vocab_size_of(model: PreTrainedModel) -> int:
-    """The number of token ids that the model has embeddings for."""
-    return model.get_input_embeddings().num_embeddings
-
-
 def checked_forced(
     forced: Forced | None,
     num_prompts: int,
@@ -275,22 +273,3 @@ def checked_forced(
                 )
             checked[-1].append(ids[:end])
     return checked
-
-
-def check_prompts(model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int) -> None:
-    """Raise an InvalidBatchError that names a prompt the model cannot continue; see `generate_groups`."""
-    if not prompts:
-        raise InvalidBatchError("there are no prompts to continue; pass at least one list of token ids")
-    vocab_size = vocab_size_of(model)
-    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    for index, prompt in enumerate(prompts):
-        if not prompt:
-            raise InvalidBatchError(f"prompt {index} is empty; a continuation needs at least one token to start from")
-        if min(prompt) < 0 or max(prompt) >= vocab_size:
-            wrong = next(token for token in prompt if not 0 <= token < vocab_size)
-            raise InvalidBatchError(f"prompt {index} has token id {wrong}, outside the vocabulary of {vocab_size}")
-        if positions is not None and len(prompt) + max_new_tokens > positions:
-            raise InvalidBatchError(
-                f"prompt {index} has {len(prompt)} tokens; with max_new_tokens={max_new_tokens} it exceeds the model's "
-                f"{positions} positions. Shorten the prompt or lower max_new_tokens"
-            )

@@ -35,9 +35,10 @@ import torch
 from torch import Tensor
 
 from stemma.decode.json_client import JsonClient
-from stemma.decode.rollout import Forced, Rollouts, check_counts, check_prompts, checked_forced, vocab_size_of
+from stemma.decode.rollout import Forced, Rollouts, check_counts, checked_forced
 from stemma.decode.sampling import TokenSampler
 from stemma.errors import ServerError, UnsupportedModelError
+from stemma.models.limits import check_prompts, vocabulary_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -153,7 +154,7 @@ class ServerGenerator:
         check_counts(num_generations=num_generations, max_new_tokens=max_new_tokens)
         prompt_ids = [[int(token) for token in prompt] for prompt in prompts]
         check_prompts(model, prompt_ids, max_new_tokens)
-        vocab_size = vocab_size_of(model)
+        vocab_size = vocabulary_size(model)
         beginnings = checked_forced(forced, len(prompt_ids), num_generations, max_new_tokens, self._eos_ids, vocab_size)
         if self.weights == "sync":
             self.sync(model)

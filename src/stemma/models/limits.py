@@ -1,5 +1,7 @@
 """Limits of a model: positions, vocabulary, shapes; what a batch may hold."""
 
+from collections.abc import Sequence
+
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -8,7 +10,27 @@ from stemma.models.adapter import base_model
 from stemma.prefix.economy import ModelShape
 from stemma.prefix.tree import PrefixTree
 
-__all__ = ["check_batch", "check_lengths", "dynamic_rope_limit", "model_shape"]
+__all__ = [
+    "check_batch",
+    "check_lengths",
+    "check_prompts",
+    "dynamic_rope_limit",
+    "max_positions",
+    "model_shape",
+    "vocabulary_size",
+]
+
+
+def vocabulary_size(model: nn.Module) -> int:
+    """Number of token ids that the model has embeddings for."""
+    inner = base_model(model)
+    return int(getattr(inner.get_input_embeddings(), "num_embeddings", inner.config.get_text_config().vocab_size))
+
+
+def max_positions(model: nn.Module) -> int | None:
+    """Most tokens of a sequence (``max_position_embeddings``), None where the config says no limit."""
+    limit = getattr(base_model(model).config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def check_batch(model: nn.Module, tree: PrefixTree) -> None:
@@ -17,19 +39,40 @@ def check_batch(model: nn.Module, tree: PrefixTree) -> None:
     Raises:
         InvalidBatchError: says which and how long.
     """
-    config = base_model(model).config.get_text_config()
-    vocabulary = int(config.vocab_size)
-    if int(tree.packed_tokens.max()) >= vocabulary:
-        worst = int(tree.packed_tokens.max())
+    vocabulary, worst = vocabulary_size(model), int(tree.packed_tokens.max())
+    if worst >= vocabulary:
         raise InvalidBatchError(
             f"Token id {worst} lies outside the model's vocabulary of {vocabulary}. Are tokenizer and model a pair?"
         )
-    limit = getattr(config, "max_position_embeddings", None)
-    if isinstance(limit, int) and 0 < limit < tree.max_length:
+    limit = max_positions(model)
+    if limit is not None and limit < tree.max_length:
         raise InvalidBatchError(
             f"The longest sequence has {tree.max_length} tokens, the model {limit} positions "
             "(max_position_embeddings). Shorten the sequences or use a model with a longer context."
         )
+
+
+def check_prompts(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """Refuse prompts that the model cannot continue by so many tokens.
+
+    Raises:
+        InvalidBatchError: there is no prompt, or names the first one that is empty, too long, or has a token id outside
+            the vocabulary.
+    """
+    if not prompts:
+        raise InvalidBatchError("there are no prompts to continue; pass at least one list of token ids")
+    vocabulary, limit = vocabulary_size(model), max_positions(model)
+    for index, prompt in enumerate(prompts):
+        if not prompt:
+            raise InvalidBatchError(f"prompt {index} is empty; a continuation needs at least one token to start from")
+        if min(prompt) < 0 or max(prompt) >= vocabulary:
+            wrong = next(token for token in prompt if not 0 <= token < vocabulary)
+            raise InvalidBatchError(f"prompt {index} has token id {wrong}, outside the vocabulary of {vocabulary}")
+        if limit is not None and len(prompt) + max_new_tokens > limit:
+            raise InvalidBatchError(
+                f"prompt {index} has {len(prompt)} tokens; with max_new_tokens={max_new_tokens} it exceeds the model's "
+                f"{limit} positions. Shorten the prompt or lower max_new_tokens"
+            )
 
 
 def dynamic_rope_limit(model: nn.Module) -> int | None:
@@ -56,8 +99,8 @@ def check_lengths(model: nn.Module, longest: int) -> None:
     Raises:
         InvalidBatchError: says the limit.
     """
-    limit = getattr(base_model(model).config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(limit, int) and 0 < limit < longest:
+    limit = max_positions(model)
+    if limit is not None and limit < longest:
         raise InvalidBatchError(
             f"the longest sequence would have {longest} tokens, new ones included, and the model has {limit} positions "
             "(max_position_embeddings). Shorten the prompts or ask for fewer new tokens."
@@ -103,7 +146,7 @@ def model_shape(model: PreTrainedModel) -> ModelShape:
         query_width=heads * head_dim,
         key_value_width=key_heads * head_dim,
         hidden_size=hidden,
-        vocabulary=int(config.vocab_size),
+        vocabulary=vocabulary_size(model),
         windows=tuple((window or None) if kind == "sliding_attention" else None for kind in types[:layers]),
         bytes_per_value=next(model.parameters()).element_size(),
     )

@@ -22,7 +22,7 @@ from stemma.cache.key_values import KeyValues
 from stemma.errors import UnsupportedModelError
 from stemma.models.adapter import base_model
 from stemma.models.layer_attention import KERNEL_PREFIX
-from stemma.models.limits import dynamic_rope_limit
+from stemma.models.limits import dynamic_rope_limit, max_positions, vocabulary_size
 
 __all__ = ["LayerRotation", "Rotations", "cached_states", "encode", "few_logits", "find_rotations", "plain_cache"]
 
@@ -137,10 +137,9 @@ def find_rotations(model: Any) -> Rotations:
     inner = base_model(model)
     label = f"{type(inner).__name__} (model type '{inner.config.model_type}')"
     _refuse_unsuitable(inner, label, model)
-    config = inner.config.get_text_config()
-    limits = [getattr(config, "max_position_embeddings", None), dynamic_rope_limit(inner)]
-    far = min([_FAR, *(limit - _TOKENS for limit in limits if isinstance(limit, int) and limit > 0)])
-    ids = torch.randint(0, config.vocab_size, (_TOKENS,), generator=torch.Generator().manual_seed(0)).tolist()
+    limits = (max_positions(inner), dynamic_rope_limit(inner))
+    far = min([_FAR, *(limit - _TOKENS for limit in limits if limit is not None)])
+    ids = torch.randint(0, vocabulary_size(inner), (_TOKENS,), generator=torch.Generator().manual_seed(0)).tolist()
     modes = {module: module.training for module in inner.modules()}
     inner.eval()
     try:

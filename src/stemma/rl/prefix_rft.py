@@ -50,6 +50,7 @@ import torch
 from torch import Tensor, nn
 
 from stemma.errors import InvalidBatchError, InvalidDataError
+from stemma.models.limits import vocabulary_size
 from stemma.rl.engine.advantages import group_relative
 from stemma.rl.engine.batch import RolloutBatch
 from stemma.rl.engine.hooks import Credit, Generate, Row, end_token_ids, mean_of
@@ -372,7 +373,7 @@ def hooks(
         "rollout": PrefixSampling(
             config,
             total_steps=trainer.max_steps,
-            vocab_size=model.get_input_embeddings().num_embeddings,  # type: ignore[operator]
+            vocab_size=vocabulary_size(model),
             eos_token_id=end_token_ids(model, processing_class),
             max_completion_length=trainer.max_completion_length,
         ),

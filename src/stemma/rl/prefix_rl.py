@@ -50,6 +50,7 @@ from torch import nn
 from stemma.data.traces import Trace, TraceFile
 from stemma.decode.rollout import Generator, LocalGenerator
 from stemma.errors import InvalidDataError
+from stemma.models.limits import max_positions, vocabulary_size
 from stemma.rl.engine.hooks import Reward, Row, ShuffledRows, end_token_ids, sample
 from stemma.rl.engine.options import Config as TrainerConfig
 from stemma.rl.engine.options import PrefixRLConfig as Config
@@ -317,7 +318,7 @@ def hooks(
     Raises:
         InvalidDataError: see `build_prefixed_problems`; or an id is outside the model's vocabulary.
     """
-    vocab_size = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    vocab_size = vocabulary_size(model)
     for index, trace in enumerate(traces):
         outside = [token for token in [*trace.prompt_ids, *trace.trace_ids] if not 0 <= token < vocab_size]
         if outside:
@@ -325,7 +326,7 @@ def hooks(
                 f"trace {index + 1} holds token id {outside[0]}, outside the model's vocabulary of {vocab_size}; it "
                 "was made with another tokenizer"
             )
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr, operator]
+    positions = max_positions(model)
     problems = build_prefixed_problems(
         traces,
         cuts_per_problem=config.cuts_per_problem,

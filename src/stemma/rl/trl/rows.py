@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from stemma.errors import InvalidDataError, StemmaError
+from stemma.models.limits import vocabulary_size
 from stemma.prefix.values import ValueTree
 from stemma.rl.engine.advantages import reward_scale
 from stemma.rl.engine.options import TempoConfig
@@ -78,7 +79,7 @@ class TokenPrompts(_Trainer):
         for name in ("rollout_func", "tools", "environment_factories"):
             if getattr(self, name, None):
                 raise StemmaError(f"rows with prompt_ids go straight to the model; {name} makes prompts of its own")
-        vocab_size = self.model.get_input_embeddings().num_embeddings
+        vocab_size = vocabulary_size(self.model)
         completed = []
         for row in rows:
             asked, _ = question_and_beginning(row)

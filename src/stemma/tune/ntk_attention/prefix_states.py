@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from stemma.errors import InvalidBatchError, UnsupportedModelError
 from stemma.models.adapter import base_model, is_enabled
 from stemma.models.layer_attention import observed_attention
-from stemma.models.limits import dynamic_rope_limit
+from stemma.models.limits import dynamic_rope_limit, max_positions
 from stemma.scoring.enable import enable
 
 __all__ = [
@@ -118,7 +118,7 @@ def first_position(model: Any, prefix: KeyValues, length: int) -> int:
     if _rotary(model):
         return 0
     first = next(iter(prefix.values()))[0].shape[2]
-    limit = getattr(base_model(model).config.get_text_config(), "max_position_embeddings", None)
+    limit = max_positions(model)
     if limit is not None and first + length > limit:
         raise InvalidBatchError(
             f"a prefix of {first} tokens and inputs of {length} need {first + length} positions, and the model has "
