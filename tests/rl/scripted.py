@@ -22,8 +22,8 @@ class Scripted:
             prompts=[list(p) for p in prompts],
             completions=groups,
             logprobs=[[torch.zeros(len(ids)) for ids in group] for group in groups],
-            finished=[[ids[-1] == EOS_ID for ids in group] for group in groups],
+            finished=[[ids[-1:] == [EOS_ID] for ids in group] for group in groups],
             forced_lengths=[[0] * num_generations for _ in prompts],
             prefilled_tokens=sum(map(len, prompts)),
-            decoded_tokens=sum(len(ids) - 1 for group in groups for ids in group),
+            decoded_tokens=sum(max(len(ids) - 1, 0) for group in groups for ids in group),
         )

@@ -36,6 +36,17 @@ for kind in ("ddp", "fsdp2"):
         grad = got.grad.full_tensor() if hasattr(got.grad, "full_tensor") else got.grad
         error = float((grad * world - want.grad).norm() / want.grad.norm())
         assert error < 1e-4, f"{kind}: gradient of {name} is off by {error:.1e}"
+    # One rank has nothing to score: the others wait for its gradients, which are zeros.
+    some = tree if rank == 0 else stemma.PrefixTree.from_groups([[1, 2, 3]], [[[], []]])
+    half = fresh()
+    stemma.score(half, random_tree(0), mode="shared").logprobs.sum().backward()
+    for mode in ("shared", "plain"):
+        model.zero_grad()
+        stemma.score(model, some, mode=mode).logprobs.sum().backward()
+        for (name, got), want in zip(base_model(model).named_parameters(), half.parameters(), strict=True):
+            grad = got.grad.full_tensor() if hasattr(got.grad, "full_tensor") else got.grad
+            error = float((grad * world - want.grad).norm() / want.grad.norm())
+            assert error < 1e-4, f"{kind}, nothing scored on a rank: gradient of {name} is off by {error:.1e}"
     try:
         stemma.score(model, tree, mode="shared", max_tokens=12)
         raise AssertionError(f"{kind}: streaming was not refused")

@@ -65,11 +65,29 @@ def test_packed_streamed_and_plain_agree(kind, entropy):
         _assert_same(_run(model, tree, loss, mode="plain", max_tokens=40, entropy=entropy), plain)
 
 
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("responses", [[[[5, 6], []], [[]]], [[[], []], [[]]]], ids=["some rows", "all rows"])
+@pytest.mark.parametrize(("mode", "budget"), [("shared", None), ("shared", 3), ("plain", None), ("plain", 3)])
+def test_rows_without_a_scored_token_have_zero_gradients(mode, budget, responses, entropy):
+    """Zeros with a graph, as a masked loss has them: zero gradients, not missing ones, and no crash in a part."""
+    model, tree = cached("llama, grouped queries"), stemma.PrefixTree.from_groups([[1, 2, 3], [4, 5, 6, 7]], responses)
+    full = _run(model, random_tree(), lambda scores: scores.logprobs.sum())[2]
+    value, scores, got = _run(model, tree, lambda s: s.logprobs.sum(), mode=mode, max_tokens=budget, entropy=entropy)
+    want = _run(model, tree, lambda s: s.logprobs.sum(), mode="plain")
+    assert got.keys() == full.keys()
+    assert scores.logprobs.shape == (tree.scored.sum(),)
+    _assert_same((value, scores, got), want, tolerance=1e-6)
+    if not tree.scored.any():
+        assert value == 0.0
+        assert not any(gradient.any() for gradient in got.values())
+    model.zero_grad()
+    stemma.score(model, tree, mode=mode, max_tokens=budget).padded().sum().backward()
+    assert grads_of(model).keys() == full.keys()
+
+
 @settings(max_examples=40)
 @given(trees, st.integers(1, 20))
 def test_streaming_any_tree(tree, budget):
-    if not tree.scored.any():
-        return
     model = cached("llama, grouped queries")
     loss = _sequence_loss(weights_of(tree), tree)
     with keep_double():

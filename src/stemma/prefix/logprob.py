@@ -69,7 +69,8 @@ def chunked_logprobs(
             logits = logits / temperature
         return _TargetScores.apply(logits, position, token, entropy)
 
-    begins = list(range(0, positions, rows))
+    # Without a position there is one empty chunk, so that the result still has a graph and its gradients are zeros.
+    begins = list(range(0, max(positions, 1), rows))
     cuts = torch.searchsorted(target_position, torch.tensor([*begins, positions], device=hidden.device)).tolist()
     logprobs, entropies = [], []
     for number, begin in enumerate(begins):
@@ -81,9 +82,6 @@ def chunked_logprobs(
             scores = checkpoint(part, *arguments, use_reentrant=False, preserve_rng_state=False)
         logprobs.append(scores[0])
         entropies.append(scores[1])
-    if not begins:
-        empty = hidden.new_zeros(0, dtype=torch.promote_types(hidden.dtype, torch.float32))
-        return empty, (empty.clone() if entropy else None)
     return torch.cat(logprobs), (torch.cat(entropies) if entropy else None)
 
 

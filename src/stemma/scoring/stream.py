@@ -125,8 +125,7 @@ def streamed_backward(
             mode="streamed",
         )
         value = scalar_loss(loss(scores))
-        if scores.logprobs.requires_grad:  # not so for sequences without a scored token
-            value.backward()
+        value.backward()
         total.append(value.detach())
 
     _walk(model, tree, targets, settings, partition(tree, max_tokens), consume, {}, [])

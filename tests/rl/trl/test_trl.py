@@ -261,6 +261,41 @@ def test_masked_truncated_completions(build: Callable[..., Any]) -> None:
     assert_same_update(stock, shared, with_past(stock, batch))
 
 
+@pytest.mark.parametrize("kind", ["GRPOTrainer", "RLOOTrainer"])
+@pytest.mark.parametrize("rows", [range(8), range(4)], ids=["all rows", "a whole group"])
+def test_nothing_scored_equals_stock(build: Callable[..., Any], kind: str, rows: range) -> None:
+    """All completions of a slice truncated, or empty: loss and gradients are stock's zeros, of the same parameters."""
+    import trl
+
+    batch = make_batch()
+    batch["completion_mask"][list(rows)] = 0
+    batch["num_items_in_batch"] = batch["completion_mask"].sum().clamp(min=1)
+    stock, shared = build(getattr(trl, kind)), build(getattr(adapter, kind))
+    if len(rows) < len(batch["completion_mask"]):
+        assert_same_update(stock, shared, with_past(stock, batch))
+        return
+    batch = with_past(stock, batch)
+    (expected_loss, expected), (loss, gradients) = (loss_and_gradients(trainer, batch) for trainer in (stock, shared))
+    assert loss == pytest.approx(expected_loss)  # RLOO: minus the mean advantage, whatever is scored
+    assert gradients.keys() == expected.keys()
+    assert not any(gradient.any() for gradient in (*gradients.values(), *expected.values()))
+
+
+@pytest.mark.parametrize("kind", ["GRPOTrainer", "RLOOTrainer"])
+def test_run_of_truncated_completions_equals_stock(build: Callable[..., Any], kind: str) -> None:
+    """TRL's own metrics of steps in which nothing is trained on, and weights that stay where they are."""
+    import trl
+
+    options = {"mask_truncated_completions": True, "max_completion_length": 2, "max_steps": 2, "beta": 0.0}
+    options |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    (expected, _), (rows, changes) = (train(build(getattr(module, kind), **options)) for module in (trl, adapter))
+    assert [row["completions/clipped_ratio"] for row in rows] == [1.0, 1.0]
+    for wanted, row in zip(expected, rows, strict=True):
+        for name in wanted.keys() - {"step_time", "epoch"}:
+            assert row[name] == pytest.approx(wanted[name], abs=1e-6, nan_ok=True), name
+    assert not any(change.any() for change in changes.values())
+
+
 def test_tool_tokens_are_context_without_loss(build: Callable[..., Any]) -> None:
     import trl
 

@@ -128,9 +128,9 @@ class RolloutBatch:
                 log-probabilities of earlier ones, so the loss and its gradient stay the same.
         """
         completions = self.completions()
-        if trained_only and self.loss_mask is not None and self.loss_mask.any():
-            columns = torch.arange(1, self.loss_mask.shape[1] + 1, device=self.loss_mask.device)
-            ends = (self.loss_mask * columns).amax(-1).tolist()
+        if trained_only and self.loss_mask is not None:
+            columns = torch.arange(self.loss_mask.shape[1] + 1, device=self.loss_mask.device)
+            ends = (torch.nn.functional.pad(self.loss_mask, (1, 0)) * columns).amax(-1).tolist()
             completions = [ids[:end] for ids, end in zip(completions, ends, strict=True)]
         responses: list[list[list[int]]] = [[] for _ in self.prompt_ids]
         for group, completion in zip(self.group_id.tolist(), completions, strict=True):

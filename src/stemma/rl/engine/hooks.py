@@ -114,7 +114,7 @@ def sample(
         seed=seeds,
         forced=forced,
     )
-    completions = [torch.tensor(ids) for group in sampled.completions for ids in group]
+    completions = [torch.tensor(ids, dtype=torch.int64) for group in sampled.completions for ids in group]
     lengths = torch.tensor([len(ids) for ids in completions])
     pad = torch.nn.utils.rnn.pad_sequence
     return RolloutBatch(

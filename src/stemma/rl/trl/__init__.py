@@ -54,6 +54,8 @@ import inspect
 import warnings
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from stemma.errors import MissingExtraError, StemmaError
 from stemma.prefix.tree import PrefixTree
 from stemma.rl.trl.rows import TokenPrompts, TreeCredit, refuse_tree_credit
@@ -61,7 +63,6 @@ from stemma.scoring.enable import enable
 from stemma.scoring.score import score
 
 if TYPE_CHECKING:
-    import torch
     from trl import GRPOTrainer, RLOOTrainer
 
 __all__ = ["GRPOTrainer", "RLOOTrainer"]
@@ -88,7 +89,6 @@ class _SharedPrefix(TreeCredit, TokenPrompts):
     def __init__(
         self, *args: Any, max_tokens: int | None = None, tree_td_coef: float | None = None, **kwargs: Any
     ) -> None:
-
         super().__init__(*args, **kwargs)
         self.max_tokens, self.tree_td_coef = max_tokens, tree_td_coef
         _refuse_what_cannot_be_shared(self)
@@ -119,8 +119,6 @@ class _SharedPrefix(TreeCredit, TokenPrompts):
         compute_aux_loss: bool = False,
         **multimodal: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        import torch
-
         given = sorted(name for name, value in multimodal.items() if value is not None)
         if given:
             raise StemmaError(
@@ -159,8 +157,6 @@ class _SharedPrefix(TreeCredit, TokenPrompts):
         )
 
     def _log_shared_prefix(self, *tokens: int) -> None:
-        import torch
-
         counts = torch.tensor(tokens, device=self.accelerator.device)
         total, unique, forwarded = self.accelerator.reduce(counts, reduction="sum").tolist()
         metrics = self._metrics["train" if self.model.training else "eval"]
@@ -183,8 +179,6 @@ def keep_groups_whole(slices: list[dict[str, Any]]) -> list[dict[str, Any]]:
     Raises:
         StemmaError: a value does not have one row per sequence.
     """
-    import torch
-
     prompts = torch.cat([torch.cat([part["prompt_ids"], part["prompt_mask"]], dim=1) for part in slices])
     # Whole prompts decide, not adjacency: equal prompts are one group wherever the shuffle has put them.
     group = torch.unique(prompts, dim=0, return_inverse=True)[1]
@@ -200,8 +194,6 @@ def keep_groups_whole(slices: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _take(key: str, values: list[Any], rows: torch.Tensor, num_rows: int) -> Any:
-    import torch
-
     first = values[0]
     if first is None or (isinstance(first, torch.Tensor) and first.ndim == 0):
         return first
@@ -242,8 +234,6 @@ def _refuse_what_cannot_be_shared(trainer: Any) -> None:
 
 def _rehearse(model: Any) -> None:
     """Scores a few tokens in training mode: what refuses to be trained does so now, not after the first rollouts."""
-    import torch
-
     if any(parameter.is_meta or not parameter.numel() for parameter in model.parameters()):
         return  # weights that are sharded or not loaded yet
     tree = PrefixTree.from_groups([list(range(9))], [[[0], [1]]])
@@ -289,7 +279,7 @@ def _tested_trainer(name: str) -> type:
 
 
 def __getattr__(name: str) -> Any:
-    # Built on first use: importing this module imports neither trl nor torch.
+    # Built on first use: importing this module does not import trl.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     base = _tested_trainer(name)

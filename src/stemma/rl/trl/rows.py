@@ -1,11 +1,10 @@
-"""What the trainers of `stemma.rl.trl` do with rows: prompts given as token ids, and the credit of a prefix tree.
-
-Importing this module imports neither torch nor TRL.
-"""
+"""What the trainers of `stemma.rl.trl` do with rows: prompts given as token ids, and the credit of a prefix tree."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from stemma.errors import InvalidDataError, StemmaError
 from stemma.models.limits import vocabulary_size
@@ -13,9 +12,6 @@ from stemma.prefix.values import ValueTree
 from stemma.rl.engine.advantages import reward_scale
 from stemma.rl.engine.options import TempoConfig
 from stemma.rl.engine.rewards import question_and_beginning
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["TokenPrompts", "TreeCredit", "refuse_tree_credit"]
 
@@ -47,7 +43,6 @@ class TokenPrompts(_Trainer):
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
     ) -> torch.Tensor:
-
         if any(row.get("prefix_ids") for row in inputs):
             asked, begun = zip(*map(question_and_beginning, inputs), strict=True)
             inputs = [{**row, "prompt_ids": ids} for row, ids in zip(inputs, asked, strict=True)]
@@ -112,8 +107,6 @@ class TreeCredit(_Trainer):
         return rewards
 
     def _tree_credit(self, output: dict[str, Any]) -> torch.Tensor:
-        import torch
-
         assert self.tree_td_coef is not None
         mode = "train" if self.model.training else "eval"
         size = self.num_generations if mode == "train" else self.num_generations_eval
