@@ -15,7 +15,8 @@ PACKAGE = ROOT / "src" / "stemma"
 # Lowest first. A module may import from its own room and from rooms on lower floors; rooms of one floor are strangers.
 METHODS = ("pretrain", "tune", "synth", "rl", "serve", "compress", "retrieve", "probe")
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "files"),
+    ("errors",),
+    ("files",),
     ("prefix", "data", "train"),
     ("attention",),
     ("cache",),

@@ -4,6 +4,7 @@ __all__ = [
     "InvalidBatchError",
     "InvalidDataError",
     "MissingExtraError",
+    "OutputError",
     "ServerError",
     "StemmaError",
     "UnsupportedModelError",
@@ -24,6 +25,10 @@ class InvalidBatchError(StemmaError, ValueError):
 
 class InvalidDataError(StemmaError, ValueError):
     """A dataset line, record or reward that cannot be used."""
+
+
+class OutputError(StemmaError, OSError):
+    """An output cannot be written, or another process is writing it."""
 
 
 class ServerError(StemmaError, RuntimeError):

@@ -12,7 +12,7 @@ from stemma.data import diallock
 from stemma.errors import InvalidDataError
 from stemma.models.tiny import tiny_model
 from stemma.scoring.enable import enable
-from stemma.train.checkpoint import StopSignal, latest, load_state, load_weights, save, save_model, write_json
+from stemma.train.checkpoint import StopSignal, latest, load_state, load_weights, save, save_model
 
 
 def make_model(seed: int = 0):
@@ -102,13 +102,6 @@ def test_an_unreadable_state_names_the_file(tmp_path: Path) -> None:
     (path / "training_state.pt").write_bytes(b"not a state")
     with pytest.raises(InvalidDataError, match=r"checkpoint-000001.training_state\.pt"):
         load_state(path)
-
-
-def test_json_is_replaced_in_one_move(tmp_path: Path) -> None:
-    write_json(tmp_path / "a.json", {"x": 1})
-    with pytest.raises(TypeError):
-        write_json(tmp_path / "a.json", {"x": object()})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
 
 
 def test_the_first_signal_asks_and_the_second_acts() -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from stemma.cache.key_values import KeyValues
 from stemma.cache.offsets import Layers
 from stemma.errors import InvalidBatchError, InvalidDataError
+from stemma.files import replacing
 
 __all__ = ["Anchor", "AnchorPool", "Deviation", "Match"]
 
@@ -224,9 +225,8 @@ class AnchorPool:
                 "max_bytes": self.max_bytes,
                 "anchors": entries,
             }
-        temporary = path.with_name(f".{path.name}.tmp")
-        save_file(tensors, temporary, metadata={_HEADER: json.dumps(about)})
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata={_HEADER: json.dumps(about)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> "AnchorPool":

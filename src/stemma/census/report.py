@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from stemma.census.measure import (
     Measurement,
     census_tree,
 )
+from stemma.files import write_text
 
 _COLUMNS = (
     "Model type",
@@ -118,9 +118,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def write(path: Path, measurements: Sequence[Measurement]) -> None:
     """Write :func:`render` to ``path``, whole or not at all."""
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(render(measurements), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, render(measurements))
 
 
 def read(path: Path) -> tuple[str, dict[str, dict[str, str]]]:

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from stemma.errors import InvalidDataError
+from stemma.files import replacing
 
 __all__ = ["Output"]
 
@@ -31,7 +32,7 @@ class Output:
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any], batches: Sequence[int], resume: bool) -> None:
-        self.path, self.partial = path, path.with_name(f".{path.name}.partial")
+        self.path, self.partial = path, path.parent / f".{path.name}.partial"
         self.lines: list[dict[str, Any]] = []
         """Those that are written."""
         self.done = 0
@@ -69,16 +70,12 @@ class Output:
 
     def finish(self) -> None:
         """Let the file appear."""
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
         try:
-            with self.partial.open("rb") as source, temporary.open("wb") as target:
+            with replacing(self.path) as temporary, self.partial.open("rb") as source, temporary.open("wb") as target:
                 source.readline()
                 target.writelines(source)
-            os.replace(temporary, self.path)
         except OSError as error:
             raise self._unwritable(error) from error
-        finally:
-            temporary.unlink(missing_ok=True)
         self.partial.unlink()
 
     def __enter__(self) -> "Output":

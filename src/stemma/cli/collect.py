@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stemma.errors import InvalidDataError, StemmaError
+from stemma.files import locked
 
 if TYPE_CHECKING:
     from stemma.cli._train_jobs import Job
@@ -77,6 +78,17 @@ class Config:
 def main(config: Config) -> dict[str, Any]:
     """Collect; the result is what it found and cost, or, after a signal, how to go on."""
     from accelerate import Accelerator
+
+    accelerator = Accelerator()
+    if accelerator.num_processes > 1:
+        raise StemmaError("a collection is the work of one process: several would write to one file; launch it alone")
+    if config.resume and not config.output.exists():
+        raise InvalidDataError(f"there is no collection to resume in '{config.output}'; leave out --resume")
+    with locked(config.output):
+        return _collect(config, accelerator)
+
+
+def _collect(config: Config, accelerator: Any) -> dict[str, Any]:
     from transformers.utils import logging
 
     from stemma.cli import train
@@ -84,15 +96,10 @@ def main(config: Config) -> dict[str, Any]:
     from stemma.rl.prefix_rl import collect_traces
     from stemma.train.checkpoint import StopSignal
 
-    accelerator = Accelerator()
-    if accelerator.num_processes > 1:
-        raise StemmaError("a collection is the work of one process: several would write to one file; launch it alone")
     new = not config.output.exists()
     # A collection that failed before its first problem left an empty file: nothing is lost by starting anew.
     if not new and not config.resume and (not config.output.is_file() or config.output.stat().st_size):
         raise InvalidDataError(f"'{config.output}' exists; continue it with --resume, or choose another --output")
-    if config.resume and new:
-        raise InvalidDataError(f"there is no collection to resume in '{config.output}'; leave out --resume")
     with TraceFile(config.output) as file:  # refuses a file that cannot be used before a model is loaded
         done = len(file.traces)
     if new:

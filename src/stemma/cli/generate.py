@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from stemma.errors import InvalidDataError, UnsupportedModelError
+from stemma.files import locked
 
 if TYPE_CHECKING:
     from stemma.decode.generate import Prompt
@@ -123,6 +124,8 @@ def main(config: Config) -> dict[str, Any]:
         done = 0
         if config.output is not None:  # refuses a file that cannot be used before a model is loaded
             counts = [len(batch) * config.num_return_sequences for batch in batches]
+            if config.output.parent.exists() or not config.resume:
+                stack.enter_context(locked(config.output))
             output = stack.enter_context(Output(config.output, _settings(config), counts, config.resume))
             lines, done = list(output.lines), output.done
         if done < len(batches):

@@ -142,7 +142,7 @@ def _run(name: str, arguments: list[str]) -> int:
             with contextlib.redirect_stdout(sys.stderr):
                 result = module.main(config)
     except (StemmaError, OSError) as error:
-        if isinstance(error, OSError) and error.filename is None:  # not about a file: a closed pipe, or a bug
+        if not isinstance(error, StemmaError) and error.filename is None:  # not about a file: a closed pipe, or a bug
             raise
         if os.environ.get("STEMMA_TRACEBACK", "0") not in ("", "0"):
             traceback.print_exc()

@@ -12,14 +12,15 @@ numbers. Several processes: accelerate launch -m stemma.cli.main train ...
 """
 
 import dataclasses
-import os
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from stemma.cli import _flags
 from stemma.errors import InvalidDataError
+from stemma.files import locked, write_text
 from stemma.rl.engine.options import Config as GRPOConfig
 from stemma.rl.engine.options import (
     PPPOConfig,
@@ -209,13 +210,18 @@ def main(config: Config) -> dict[str, Any]:
     require_matplotlib()
     accelerator = make_accelerator(config.report_to, config.output_dir)
     check_accelerator(accelerator, bf16=config.bf16)
-    if accelerator.is_main_process:
-        _open_folder(config)
-    accelerator.wait_for_everyone()
-    stored = _stored_config(config.output_dir)
-    if accelerator.is_main_process:
-        print((config.output_dir / _STORED).read_text(encoding="utf-8"), file=sys.stderr)
-    return Run(stored, accelerator, resume=config.resume).train()
+    with ExitStack() as stack:
+        if accelerator.is_main_process:
+            if not config.resume and not config.output_dir.exists():
+                config.output_dir.mkdir(parents=True)
+            if config.output_dir.exists():
+                stack.enter_context(locked(config.output_dir))
+            _open_folder(config)
+        accelerator.wait_for_everyone()
+        stored = _stored_config(config.output_dir)
+        if accelerator.is_main_process:
+            print((config.output_dir / _STORED).read_text(encoding="utf-8"), file=sys.stderr)
+        return Run(stored, accelerator, resume=config.resume).train()
 
 
 def chosen_groups(config: Config) -> list[str]:
@@ -249,16 +255,16 @@ def _open_folder(config: Config) -> None:
     folder, stored_path = config.output_dir, config.output_dir / _STORED
     if not config.resume:
         # A run that was refused before it began left its settings and nothing else: nothing is lost by starting anew.
-        if folder.exists() and (not folder.is_dir() or any(item.name != _STORED for item in folder.iterdir())):
+        if folder.exists() and (
+            not folder.is_dir() or any(item.name not in (_STORED, ".lock") for item in folder.iterdir())
+        ):
             raise InvalidDataError(
                 f"the run folder '{folder}' exists already; continue it with --resume, or choose another --output-dir"
             )
         folder.mkdir(parents=True, exist_ok=True)
         unused = [name for name in _GROUPS if name not in chosen_groups(config)]
         text = _flags.to_yaml(resolve(config), leave_out=["resume", "output_dir", *unused])
-        temporary = folder / f".{_STORED}.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, stored_path)
+        write_text(stored_path, text)
         return
     if not stored_path.is_file():
         raise InvalidDataError(f"there is no run to resume in '{folder}' (no {_STORED}); leave out --resume")

@@ -38,6 +38,7 @@ from stemma.decode.json_client import JsonClient
 from stemma.decode.rollout import Forced, Rollouts, check_counts, checked_forced
 from stemma.decode.sampling import TokenSampler
 from stemma.errors import ServerError, UnsupportedModelError
+from stemma.files import replacing
 from stemma.models.limits import check_prompts, vocabulary_size
 
 if TYPE_CHECKING:
@@ -335,10 +336,8 @@ class ServerGenerator:
     def _load(self, model: PreTrainedModel, folder: Path) -> None:
         """Write the weights to a new folder (a server may keep the old files mapped) and have the server load them."""
         if not folder.exists():
-            unfinished = folder.with_name(f"{folder.name}.tmp")
-            shutil.rmtree(unfinished, ignore_errors=True)
-            model.save_pretrained(unfinished)
-            os.replace(unfinished, folder)
+            with replacing(folder) as temporary:
+                model.save_pretrained(temporary)
         if self.dialect == "sglang":
             answer = self._client.post("/update_weights_from_disk", {"model_path": str(folder)})
             if answer.get("success") is not True:

@@ -9,7 +9,6 @@ import inspect
 import json
 import os
 import weakref
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from stemma.cache.key_values import even_heads
 from stemma.errors import InvalidBatchError, InvalidDataError, UnsupportedModelError
+from stemma.files import replacing
 from stemma.models.adapter import LAYOUT_ARGUMENT, TreeCall, base_model, tree_call
 from stemma.models.fingerprint import active_adapters, fingerprint
 from stemma.models.limits import check_batch, check_lengths
@@ -187,8 +187,6 @@ class SharedPrefix:
                 tensors[f"{number}.{names[module]}.key"] = key.contiguous()
                 tensors[f"{number}.{names[module]}.value"] = value.contiguous()
         folder = Path(folder)
-        file, about = folder / _TENSORS, folder / _ABOUT
-        temporary = file.with_name(f".{file.name}.tmp"), about.with_name(f".{about.name}.tmp")
         described = {
             "format": _FORMAT,
             "tokens": [step.added for step in self.path],
@@ -196,18 +194,13 @@ class SharedPrefix:
             "model": fingerprint(model) | {"computed_in": _name(self._precision)},
         }
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, temporary[0])
-            described["sha256"] = _sha256(temporary[0])
-            temporary[1].write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-            os.replace(temporary[0], file)  # between the two the digest does not fit, and neither is read
-            os.replace(temporary[1], about)
+            # The tensors come first; until the other file has followed, the digest does not fit, and neither is read.
+            with replacing(folder / _ABOUT) as about, replacing(folder / _TENSORS) as file:
+                save_file(tensors, file)
+                described["sha256"] = _sha256(file)
+                about.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
         except (OSError, SafetensorError) as error:
             raise InvalidDataError(f"cannot write a prefix to {folder}: {error}; choose another folder.") from error
-        finally:
-            for path in temporary:
-                with suppress(OSError):
-                    path.unlink()
 
     @classmethod
     def from_pretrained(cls, model: Any, folder: str | os.PathLike[str]) -> "SharedPrefix":

@@ -1,6 +1,5 @@
 """The report of `stemma run kvcomm`: divergences of prompts, times by length, and the claims."""
 
-import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ import torch
 
 from stemma.recipes._report import Report
 from stemma.recipes._runs import mean_and_error, paired
-from stemma.train.report import require_matplotlib
+from stemma.train.report import require_matplotlib, save_figure
 
 __all__ = [
     "ALIGNED",
@@ -152,9 +151,7 @@ class KVCommReport(Report):
         for axis in (left, right):
             axis.grid(alpha=0.25)
         figure.suptitle(self.title, fontsize=10)
-        temporary = path.with_name(f".{path.stem}.tmp.png")
-        figure.savefig(temporary, dpi=90, metadata={"Software": None})
-        os.replace(temporary, path)
+        save_figure(figure, path)
 
 
 def _rank_correlation(some: Sequence[float], others: Sequence[float]) -> float:

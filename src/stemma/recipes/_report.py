@@ -5,16 +5,15 @@ Measurements are plain data, so that a documentation page can be made from store
 
 import datetime
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from stemma.files import write_json, write_text
 from stemma.recipes._runs import Difference, area, mean_and_error, paired
 from stemma.recipes._tables import COLUMNS, COUNTS, tables
-from stemma.train.checkpoint import write_json
-from stemma.train.report import require_matplotlib
+from stemma.train.report import require_matplotlib, save_figure
 
 __all__ = ["Measurement", "Report", "tables"]
 
@@ -134,9 +133,7 @@ class Report:
         }
         write_json(folder / f"{self.name}.json", result)
         text = "\n\n".join([f"# {self.title}", f"![{self.caption}]({figure.name})", *tables(rows, self.about)])
-        temporary = folder / f".{self.name}.md.tmp"
-        temporary.write_text(text + "\n", encoding="utf-8")
-        os.replace(temporary, folder / f"{self.name}.md")
+        write_text(folder / f"{self.name}.md", text + "\n")
         return result
 
     def _of_methods(self) -> list[Measurement]:
@@ -197,9 +194,7 @@ class Report:
         bands = any(len(runs) > 1 for runs in self.runs.values())
         about = "\nmeans over seeds; a band is one standard error to either side" if bands else ""
         figure.suptitle(f"{self.title}{about}", fontsize=10)
-        temporary = path.with_name(f".{path.stem}.tmp.png")
-        figure.savefig(temporary, dpi=90, metadata={"Software": None})
-        os.replace(temporary, path)
+        save_figure(figure, path)
 
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:

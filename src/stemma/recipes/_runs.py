@@ -9,9 +9,7 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import re
-import shutil
 import statistics
 import sys
 import time
@@ -22,6 +20,7 @@ from random import Random
 from typing import Any
 
 from stemma.errors import InvalidDataError
+from stemma.files import replacing, write_json
 
 __all__ = [
     "Difference",
@@ -105,9 +104,7 @@ class Runs:
         started, cpu = time.perf_counter(), time.process_time()
         result = {"method": method, "seed": seed, "settings": dict(settings), **function()}
         result |= {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        write_json(path, result)
         return result
 
 
@@ -123,16 +120,8 @@ def kept_folder(folder: Path, make: Callable[[Path], object]) -> Path:
     Of processes that make the same folder at once, the first to finish wins.
     """
     if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-        try:
+        with replacing(folder, overwrite=False) as temporary:
             make(temporary)
-            os.replace(temporary, folder)
-        except OSError:
-            if not folder.exists():  # nobody was faster
-                raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 

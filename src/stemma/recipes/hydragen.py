@@ -6,7 +6,6 @@ parameters, rows with one prefix, and the same greedy tokens from every cache. P
 (CPU time of the thread) starts.
 """
 
-import os
 import time
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from stemma.decode.shared_cache import SharedPrefixCache
 from stemma.recipes._report import Report
 from stemma.recipes._runs import Options, Runs, mean_and_error
 from stemma.scoring.enable import disable, enable
-from stemma.train.report import require_matplotlib
+from stemma.train.report import require_matplotlib, save_figure
 from stemma.train.seeds import stream
 
 __all__ = ["run"]
@@ -162,6 +161,4 @@ class _Report(Report):
             axis.grid(alpha=0.25)
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
         figure.suptitle(self.title, fontsize=10)
-        temporary = path.with_name(f".{path.stem}.tmp.png")
-        figure.savefig(temporary, dpi=90, metadata={"Software": None})
-        os.replace(temporary, path)
+        save_figure(figure, path)

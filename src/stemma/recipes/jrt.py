@@ -8,7 +8,6 @@ attention.
 """
 
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -28,7 +27,7 @@ from stemma.pretrain.jrt.model import PrefixLinearAttentionForCausalLM
 from stemma.recipes._report import Report
 from stemma.recipes._runs import Options, Runs, mean_and_error, paired
 from stemma.train.optimizer import adamw, apply_gradients, schedule
-from stemma.train.report import require_matplotlib
+from stemma.train.report import require_matplotlib, save_figure
 from stemma.train.seeds import stream, stream_seed
 
 _METHODS = {
@@ -378,6 +377,4 @@ class _Report(Report):
         for axis in axes:
             axis.grid(alpha=0.25)
             axis.legend(fontsize=8)
-        temporary = path.with_name(f".{path.stem}.tmp.png")
-        figure.savefig(temporary, dpi=90, metadata={"Software": None})
-        os.replace(temporary, path)
+        save_figure(figure, path)

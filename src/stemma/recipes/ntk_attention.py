@@ -6,7 +6,6 @@ learning rate is the best of all on validation text with the first seed; all see
 
 import copy
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +24,7 @@ from stemma.recipes._base_model import BaseModel, python_base, text_rows
 from stemma.recipes._report import Report
 from stemma.recipes._runs import Options, Runs, fingerprint, mean_and_error, paired
 from stemma.train import sft
-from stemma.train.report import require_matplotlib
+from stemma.train.report import require_matplotlib, save_figure
 from stemma.train.seeds import stream, stream_seed
 from stemma.tune.ntk_attention import Config, attach, parameter_count
 
@@ -342,6 +341,4 @@ class _Report(Report):
             axis.set(xlabel=x, ylabel=y)
             axis.grid(alpha=0.25)
             axis.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15))
-        temporary = path.with_name(f".{path.stem}.tmp.png")
-        figure.savefig(temporary, dpi=90, metadata={"Software": None})
-        os.replace(temporary, path)
+        save_figure(figure, path)

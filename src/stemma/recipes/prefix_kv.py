@@ -6,7 +6,6 @@ the base model on unseen library text: it reads a prompt, drops a share of its k
 text behind it, which no method has seen when it chooses. All methods keep equally many tokens of the prompt.
 """
 
-import os
 import time
 from collections.abc import Sequence
 from copy import deepcopy
@@ -27,7 +26,7 @@ from stemma.recipes._runs import Options, Runs, mean_and_error, paired
 from stemma.scoring.enable import enable
 from stemma.serve.prefix_kv import Config, Profile, calibrate, drop, votes_of
 from stemma.serve.prefix_kv.budget import proportional, pyramid, total_tokens, waterline
-from stemma.train.report import require_matplotlib
+from stemma.train.report import require_matplotlib, save_figure
 from stemma.train.seeds import stream
 
 __all__ = ["run"]
@@ -306,9 +305,7 @@ class _Report(Report):
         planted.legend(fontsize=7)
         speed.legend(fontsize=7)
         figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=9, fontsize=8)
-        temporary = path.with_name(f".{path.stem}.tmp.png")
-        figure.savefig(temporary, dpi=90, metadata={"Software": None})
-        os.replace(temporary, path)
+        save_figure(figure, path)
 
 
 def _errorbar(axis: Any, shares: Sequence[float], values: Sequence[Sequence[float]], label: str, **style: Any) -> None:

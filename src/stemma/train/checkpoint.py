@@ -6,7 +6,6 @@ A checkpoint `checkpoint-000040` holds the model and tokenizer as `save_pretrain
 a directory with the right name is always whole.
 """
 
-import json
 import os
 import shutil
 import signal
@@ -17,22 +16,16 @@ from types import FrameType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
-from stemma.errors import InvalidDataError
+from stemma.errors import InvalidDataError, OutputError
+from stemma.files import remove, replacing, write_json
 from stemma.train.sharding import load_full_model_state_dict
 
-__all__ = ["StopSignal", "latest", "load_state", "load_weights", "save", "save_model", "write_json"]
+__all__ = ["StopSignal", "latest", "load_state", "load_weights", "save", "save_model"]
 
 _PREFIX = "checkpoint-"
-
-
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write JSON under a temporary name and rename it into place."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def save(
@@ -64,13 +57,13 @@ def save(
     for leftover in folder.glob(f".{_PREFIX}*.tmp"):  # of a run that was killed while it wrote
         shutil.rmtree(leftover)
     target = folder / f"{_PREFIX}{step:06d}"
-    with _atomic_directory(target) as temporary:
+    with _writing(target) as temporary:
         _save_pretrained(temporary, model, processing_class, weights)
         torch.save(dict(state), temporary / "training_state.pt")
         write_json(temporary / "trainer_state.json", dict(progress))
     if save_total_limit is not None:
         for old in _all(folder)[: -max(save_total_limit, 1)]:
-            shutil.rmtree(old)
+            remove(old)
     return target
 
 
@@ -82,23 +75,21 @@ def save_model(
     Args:
         weights: the parameters, where the model holds only part of them (`sharding.full_model_state_dict`).
     """
-    with _atomic_directory(Path(folder)) as temporary:
+    with _writing(Path(folder)) as temporary:
         _save_pretrained(temporary, model, processing_class, weights)
     return Path(folder)
 
 
 @contextmanager
-def _atomic_directory(target: Path) -> Iterator[Path]:
-    """A directory under a temporary name that takes the place of `target` when the block succeeds."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.tmp")
-    if temporary.exists():
-        shutil.rmtree(temporary)
-    temporary.mkdir()
-    yield temporary
-    if target.exists():
-        shutil.rmtree(target)
-    os.replace(temporary, target)
+def _writing(target: Path) -> Iterator[Path]:
+    """A folder that takes the place of `target` when the block succeeds; whatever fails to write is one error."""
+    try:
+        with replacing(target) as temporary:
+            temporary.mkdir()
+            yield temporary
+    except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: torch, of a disk that is full
+        reason = str(error).strip().partition("\n")[0]
+        raise OutputError(f"cannot write {target}: {reason}; what was there before is kept") from error
 
 
 def _save_pretrained(folder: Path, model: Any, processing_class: Any, weights: Mapping[str, Any] | None) -> None:

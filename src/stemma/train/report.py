@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from stemma.errors import MissingExtraError
-from stemma.train.checkpoint import write_json
+from stemma.files import replacing, write_json, write_text
 from stemma.train.tracking import read_rows
 
-__all__ = ["require_matplotlib", "summarise", "write_report"]
+__all__ = ["require_matplotlib", "save_figure", "summarise", "write_report"]
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -26,6 +26,12 @@ def require_matplotlib() -> None:
 
     if importlib.util.find_spec("matplotlib") is None:
         raise MissingExtraError("matplotlib", "plot", "the plot of a training run")
+
+
+def save_figure(figure: Any, path: Path, *, dpi: int = 90) -> None:
+    """Write a matplotlib figure as PNG; the file is whole or as it was, and the same figure gives the same bytes."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=dpi, metadata={"Software": None})
 
 
 def write_report(folder: str | os.PathLike[str], *, title: str, about: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,9 +50,7 @@ def write_report(folder: str | os.PathLike[str], *, title: str, about: Mapping[s
     report = {"title": title, "about": dict(about), **summarise(rows)}
     write_json(folder / "report.json", _finite(report))
     _plot(rows, folder / "plot.png", title)
-    temporary = folder / ".report.md.tmp"
-    temporary.write_text(_markdown(report), encoding="utf-8")
-    os.replace(temporary, folder / "report.md")
+    write_text(folder / "report.md", _markdown(report))
     return report
 
 
@@ -231,10 +235,8 @@ def _plot(rows: Rows, path: Path, title: str) -> None:
     for axis in axes.flat:
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)
-    temporary = path.with_name(f".{path.stem}.tmp.png")
-    figure.savefig(temporary, dpi=110)
+    save_figure(figure, path, dpi=110)
     plt.close(figure)
-    os.replace(temporary, path)
 
 
 def _panel(axis: Any, title: str, label: str) -> None:

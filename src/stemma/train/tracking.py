@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from stemma.errors import InvalidDataError, MissingExtraError
+from stemma.files import write_text
 
 __all__ = ["Tracker", "make_accelerator", "read_rows", "start_trackers"]
 
@@ -115,9 +116,7 @@ class Tracker:
             rows = _complete_rows(self.path)
             # A resumed run starts with the evaluation that is due where it stands.
             kept = [row for row in rows if row["global_step"] + (row["phase"] == "eval") <= resume_after]
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
-        temporary.write_text("".join(_dump(row) for row in kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+        write_text(self.path, "".join(_dump(row) for row in kept))
         self._file = self.path.open("a", encoding="utf-8")
         self._stream = sys.stderr if stream is None else stream
         self._total = total_steps

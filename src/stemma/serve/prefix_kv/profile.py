@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from stemma.errors import InvalidBatchError, InvalidDataError
+from stemma.files import write_json
 from stemma.models.adapter import base_model
 from stemma.models.fingerprint import active_adapters
-from stemma.train.checkpoint import write_json
 
 __all__ = ["Profile", "model_fingerprint"]
 

@@ -47,9 +47,9 @@ from torch import Tensor, nn
 
 from stemma.attention.kernelized import FeatureMap
 from stemma.errors import InvalidDataError, UnsupportedModelError
+from stemma.files import replacing, write_json
 from stemma.models.adapter import base_model
 from stemma.models.layer_attention import KERNEL_PREFIX
-from stemma.train.checkpoint import write_json
 from stemma.train.seeds import stream_seed
 from stemma.tune.ntk_attention.adapters import (
     active_adapters,
@@ -323,9 +323,8 @@ def save_adapter(model: Any, folder: str | os.PathLike[str], adapter_name: str |
     made = adapter_of(model, adapter_name)
     tensors = {name: tensor.contiguous() for name, tensor in _tensors(model, made).items()}
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / ".adapter_model.tmp"
-    save_file(tensors, temporary)
-    os.replace(temporary, folder / "adapter_model.safetensors")
+    with replacing(folder / "adapter_model.safetensors") as temporary:
+        save_file(tensors, temporary)
     about = {"peft_type": _TYPE, "base_model_name_or_path": getattr(base_model(model).config, "_name_or_path", "")}
     write_json(folder / "adapter_config.json", about | next(iter(made.values())).about)
 
