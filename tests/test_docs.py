@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import inspect
 import io
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -171,6 +172,15 @@ def test_links_of_the_page_resolve(path: Path) -> None:
         if not file.exists() or (anchor and file.suffix == ".md" and anchor not in anchors(file)):
             broken.append(target)
     assert broken == []
+
+
+@pytest.mark.parametrize("path", PAGES, ids=page_id)
+def test_names_and_files_on_the_page_exist(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    for name in set(re.findall(r"\bstemma(?:\.\w+)+", text)):
+        pkgutil.resolve_name(name)
+    files = re.findall(r"\b(?:src/stemma|tests|benchmarks|docs|examples)/[\w/.-]+\.\w+", text)
+    assert [name for name in files if not (ROOT / name).exists()] == []
 
 
 def test_the_two_commands_of_the_readme_are_what_ci_runs() -> None:

@@ -1,1 +1,1 @@
-"""Pretraining that treats a prefix in its own way: one method per file; shared pieces start with an underscore."""
+"""Methods of pre-training and prompting for recall; one file or package each."""

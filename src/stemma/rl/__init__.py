@@ -1,1 +1,1 @@
-"""Reinforcement learning over shared prefixes: one method per file, over `engine/`."""
+"""Reinforcement learning over shared prefixes: one method a file, over the trainer in `engine/`; TRL's in `trl/`."""

@@ -1,1 +1,1 @@
-"""Answers that a prefix can give while serving: one method per file; shared pieces start with an underscore."""
+"""Methods of serving that reuse or compress the keys and values of prefixes; one file or package each."""

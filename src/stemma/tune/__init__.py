@@ -1,1 +1,1 @@
-"""Methods that adapt a trained model, one file each."""
+"""Methods that adapt a trained model with a learned prefix; one file or package each."""
