@@ -324,7 +324,7 @@ def test_a_model_that_cannot_share_is_refused_by_name_and_left_alone():
     assert got.report is None
 
 
-@pytest.mark.parametrize("options", [{"share": "sometimes"}, {"min_shared": 0}, {"max_tokens": 0}])
+@pytest.mark.parametrize("options", [{"share": "sometimes"}, {"min_shared": 0}, {"min_shared": 1.5}, {"max_tokens": 0}])
 def test_config_refuses(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         Config(**options)

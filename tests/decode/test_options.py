@@ -1,15 +1,18 @@
 """Options of `stemma.generate`: merged as transformers merges them, and refused before anything is encoded."""
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import pytest
 import torch
+from tokenizers import processors
 from transformers import GenerationConfig, StoppingCriteria
 
 import stemma
 from decoders import SIZES, cached
 from stemma.decode.generate import Config, generate
+from stemma.decode.prompts import prompt_ids
 from stemma.decode.shared_cache import SharedPrefixCache
 from stemma.models.adapter import is_enabled
 from stemma.models.tiny import byte_tokenizer, tiny_model
@@ -150,6 +153,89 @@ def test_padding_behind_a_stopping_criterion_is_dropped(model):
     assert [len(row) for (row,) in got.token_ids] == [2, 6]
 
 
+@pytest.mark.parametrize("pad", ["other", "same"])
+@pytest.mark.parametrize("mode", [{}, {"num_beams": 3}, {"num_beams": 3, "eos_token_id": []}], ids=str)
+def test_rows_end_together_where_they_end_alone(model, tokenizer, pad, mode):
+    options = {"max_new_tokens": 12, "pad_token_id": 256 if pad == "same" else 257, "eos_token_id": 256} | mode
+    options["suppress_tokens"] = list(range(128, 256))  # which are no characters by themselves
+    stop = generate(model, tokenizer, ROWS, **options).texts[0][0][3:5]
+    options |= {"stop_strings": stop}
+    alone = [generate(model, tokenizer, [row], **options) for row in ROWS]
+    together = generate(model, tokenizer, ROWS, **options)
+    assert together.token_ids == [each.token_ids[0] for each in alone]
+    lengths = {len(row) for (row,) in together.token_ids}
+    assert len(lengths) == 2
+    assert together.texts[0][0].endswith(stop) or mode
+
+
+def test_every_form_of_a_length_is_that_of_transformers(model):
+    prompts = [ROWS[0][:4], ROWS[1]]
+    ids = torch.tensor([[0] * 3 + prompts[0], prompts[1]])
+    forms = [
+        ({}, {}, {}),
+        ({}, {}, {"max_new_tokens": None}),
+        ({}, {}, {"max_length": 11}),
+        ({"max_length": 12}, {}, {}),
+        ({"max_new_tokens": 3}, {}, {}),
+        ({}, {"max_length": 10}, {}),
+        ({}, {"max_new_tokens": 5}, {"max_length": 9}),
+        ({"max_length": 12}, {}, {"max_new_tokens": 2}),
+    ]
+    own = model.generation_config
+    for in_model, in_config, in_call in forms:
+        model.generation_config = GenerationConfig(**{**own.to_diff_dict(), **in_model})
+        given = {"generation_config": GenerationConfig(**in_config)} if in_config else {}
+        expected = model.generate(ids, attention_mask=(ids > 0).long(), **given, **in_call)
+        for sharing in (ALWAYS, NEVER):
+            got = generate(model, None, prompts, sharing=sharing, **given, **in_call)
+            assert torch.equal(got.output, expected), (in_model, in_config, in_call)
+
+
+def test_padded_ids_are_told_as_transformers_tells_them(model):
+    ids = torch.tensor([[0, 0, *ROWS[0][:5]], ROWS[1]])
+    expected = model.generate(ids, max_new_tokens=5)
+    for sharing in (ALWAYS, NEVER):
+        got = generate(model, None, ids, max_new_tokens=5, sharing=sharing)
+        assert torch.equal(got.output, expected)
+    for wrong, words in ((ids.flip(1), "prompt 0 has padding .token 0. behind its first token"),):
+        with pytest.raises(stemma.InvalidBatchError, match=words):
+            generate(model, None, wrong, max_new_tokens=5)
+    with pytest.raises(stemma.InvalidBatchError, match="padding and an end-of-sequence token"):
+        generate(model, None, ids, max_new_tokens=5, eos_token_id=[0])
+
+
+def test_a_tokenizer_that_ends_texts_does_not_end_prompts(model, tokenizer):
+    ending = byte_tokenizer()
+    ending.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<pad> $A <eos>", special_tokens=[("<pad>", 257), ("<eos>", 256)]
+    )
+    assert ending("ab")["input_ids"] == [257, 97, 98, 256]
+    assert [prompt_ids(ending, text) for text in ("ab", "a<eos>", "")] == [[257, 97, 98], [257, 97, 256], [257]]
+    assert prompt_ids(ending, "ab", continues=True) == [97, 98]
+    assert prompt_ids(tokenizer, "ab<eos>") == [97, 98, 256]
+
+
+OPTIONS = [
+    {"num_beams": 3, "length_penalty": 0.3, "num_return_sequences": 2},
+    {"num_beams": 2, "early_stopping": True, "do_sample": True, "top_k": 9},
+    {"do_sample": True, "temperature": 0.6, "top_p": 0.8, "num_return_sequences": 3},
+    {"do_sample": True, "min_p": 0.004, "typical_p": 0.9, "epsilon_cutoff": 1e-3},
+    {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "min_new_tokens": 9},
+    {"encoder_repetition_penalty": 1.2, "encoder_no_repeat_ngram_size": 2, "forced_eos_token_id": 5},
+    {"bad_words_ids": [[3], [4, 5]], "sequence_bias": {(9,): 4.0}, "suppress_tokens": [7, 8]},
+    {"guidance_scale": 1.7, "forced_bos_token_id": 4, "renormalize_logits": True},
+    {"exponential_decay_length_penalty": (3, 1.4), "remove_invalid_values": True, "begin_suppress_tokens": [6]},
+    {"prefix_allowed_tokens_fn": lambda row, ids: [int(ids[-1] + row + 1) % 250, 3]},
+    {"prefill_chunk_size": 2},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "+".join(options))
+def test_options_give_the_tokens_of_transformers(model, options):
+    got, expected = both(model, None, eos_token_id=[256, 11], **options)
+    assert torch.equal(got.output, expected)
+
+
 # ---------------------------------------------------------------------- refusals
 
 
@@ -179,11 +265,19 @@ def test_assisted_decoding_is_refused_wherever_it_is_set(model, options, where):
         ({"penalty_alpha": 0.6}, "not made for contrastive search"),
         ({"inputs": torch.tensor([[5]])}, "inputs cannot be given"),
         ({"num_beams": 2, "streamer": object()}, "streamer"),
+        ({"position_ids": torch.arange(7)[None]}, "position_ids is an input of the model"),
+        ({"token_type_ids": torch.arange(7)[None]}, "token_type_ids"),
+        ({"token_healing": True}, "token_healing cannot be given"),
+        ({"generation_config": GenerationConfig(token_healing=True)}, "token_healing cannot be given"),
+        ({"do_sample": True, "temperature": math.nan}, r"temperature is not a number"),
+        ({"do_sample": True, "top_p": math.nan}, r"top_p is not a number"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens must be a whole number, got 2.5"),
+        ({"max_new_tokens": None, "max_length": 7}, "max_length=7 leaves no room behind a prompt of 7 tokens"),
     ],
 )
 def test_what_cannot_be_is_refused_before_prompts_are_encoded(model, options, words):
     with mock.patch.object(SharedPrefixCache, "of") as encode, pytest.raises(ValueError, match=words):
-        generate(model, None, ROWS, max_new_tokens=4, **options)
+        generate(model, None, ROWS, **{"max_new_tokens": 4} | options)
     encode.assert_not_called()
 
 

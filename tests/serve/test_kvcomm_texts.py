@@ -79,8 +79,9 @@ def test_the_tokenizers_first_tokens_stand_before_prompt_and_bases():
     states, dense = agent.assemble({"text": comm.content("some text")}, {}), cached_states(prefill.cache)
     torch.testing.assert_close(states[1].key[:, :, :10], dense[1].key[:, :, :10])  # below the same first token
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 256)])
-    with pytest.raises(InvalidBatchError, match="special tokens behind a text"):
-        comm.agent("b", "x{text}")
+    behind = comm_of(tokenizer)
+    assert behind.header == ()
+    assert bytes(behind.agent("b", "x{text} end").prefill({"text": "some text"}).ids) == b"xsome text end"
 
 
 def test_chat_messages():
@@ -99,7 +100,7 @@ def test_chat_messages():
         comm.agent("lost", messages)
 
 
-@pytest.mark.parametrize("stop", ["length", "eos"])
+@pytest.mark.parametrize("stop", ["length", "tokenizer", "generation config"])
 def test_an_answer_is_handed_on_as_tokens_with_its_states(stop):
     comm = comm_of()
     asking, checking = comm.agent("ask", "Q: {question}\nA:"), comm.agent("check", "He said\n{answer}\nRight?")
@@ -108,10 +109,11 @@ def test_an_answer_is_handed_on_as_tokens_with_its_states(stop):
         **prefill.inputs, past_key_values=prefill.cache, max_new_tokens=5, do_sample=False, eos_token_id=None,
         pad_token_id=257,
     )  # fmt: skip
-    if stop == "eos":
-        row[0, -1] = 256
+    if stop != "length":
+        row[0, -1] = 256 if stop == "tokenizer" else 7
+        comm.model.generation_config.eos_token_id = [5, 7]
     answer = asking.answer(prefill, row)
-    kept = row[0, len(prefill.ids) :].tolist()[: 4 if stop == "eos" else 5]
+    kept = row[0, len(prefill.ids) :].tolist()[: 5 if stop == "length" else 4]
     assert (answer.ids, answer.origin, answer.text) == (tuple(kept), "generated", None)
     whole = cached_states(encode(comm.model, [*prefill.ids, *kept]), len(prefill.ids))
     back = comm.rotations.move(answer.base, len(prefill.ids) - len(comm.header))

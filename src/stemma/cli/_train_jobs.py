@@ -15,6 +15,7 @@ from stemma.data.records import PromptRecord, read_jsonl
 from stemma.errors import InvalidDataError
 from stemma.models.loading import load_model, load_tokenizer
 from stemma.models.tiny import tiny_model
+from stemma.models.tokens import text_ids
 from stemma.rl.grpo import ShuffledRows
 from stemma.train.seeds import stream_seed
 from stemma.train.sft import IGNORED_LABEL
@@ -175,27 +176,23 @@ class _EncodedRows(Sequence[dict[str, Any]]):
 
     def __getitem__(self, index: Any) -> Any:
         record = self._records[index]
-        ids = self._tokenizer(record.prompt)["input_ids"]
+        ids = text_ids(self._tokenizer, record.prompt)
         row = {"prompt_ids": ids, "prompt": record.prompt, "answer": record.answer}
         if self._demonstrations and record.demonstration is not None:
-            text = self._tokenizer(f" {record.demonstration}", add_special_tokens=False)["input_ids"]
+            text = text_ids(self._tokenizer, f" {record.demonstration}", special_tokens=False)
             row["demonstration_ids"] = [*text, self._tokenizer.eos_token_id]
         return row
 
 
 def _labelled(tokenizer: Any, sequences: Sequence[Sequence[tuple[str, str]]]) -> dict[str, Tensor]:
     """Sequences of prompts with their answers, a blank line between them, labels on the answers alone."""
-
-    def ids_of(text: str, **options: Any) -> list[int]:
-        return tokenizer(text, **options)["input_ids"]
-
     all_ids, all_labels = [], []
     for pairs in sequences:
         ids: list[int] = []
         labels: list[int] = []
         for index, (prompt, answer) in enumerate(pairs):
-            asked = ids_of(prompt if index == 0 else f"\n\n{prompt}", add_special_tokens=index == 0)
-            answered = ids_of(f" {answer}", add_special_tokens=False)
+            asked = text_ids(tokenizer, prompt if index == 0 else f"\n\n{prompt}", special_tokens=index == 0)
+            answered = text_ids(tokenizer, f" {answer}", special_tokens=False)
             ids += asked + answered
             labels += [IGNORED_LABEL] * len(asked) + answered
         all_ids.append(torch.tensor([*ids, tokenizer.eos_token_id]))

@@ -169,9 +169,10 @@ class _Job:
 
     def __init__(self, config: Config, prompts: "Sequence[Prompt]", prefix_text: str | None) -> None:
         import stemma
-        from stemma.decode.generate import prompt_ids
+        from stemma.decode.prompts import prompt_ids
         from stemma.models.limits import check_batch, check_lengths
         from stemma.models.loading import load_config, load_model
+        from stemma.models.tokens import text_ids
         from stemma.prefix.tree import PrefixTree
 
         if Path(config.model).is_file():
@@ -180,7 +181,7 @@ class _Job:
         self.config, follows = config, config.prefix is not None
         self.tokenizer = _tokenizer(config.model, needed=any(not _is_ids(prompt) for prompt in prompts))
         self.rows = [prompt_ids(self.tokenizer, prompt, index, follows) for index, prompt in enumerate(prompts)]
-        head = [] if prefix_text is None else _prefix_ids(self.tokenizer, prefix_text)
+        head = [] if prefix_text is None else text_ids(self.tokenizer, prefix_text)
         self.model = load_model(config.model, dtype=config.dtype, device=config.device)
         self.prefix: SharedPrefix | None = None
         if follows or config.share != "never":
@@ -290,18 +291,6 @@ def _prefix_text(config: Config, prompts: "Sequence[Prompt]") -> str | None:
     if any(not isinstance(prompt, str) for prompt in prompts):
         raise InvalidDataError("--prefix is a text in front of texts; give prompts as text with it.")
     return text
-
-
-def _prefix_ids(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of the text with the special tokens in front of it; those of prompts behind it have none."""
-    plain: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    whole: list[int] = tokenizer(text)["input_ids"]
-    if whole[len(whole) - len(plain) :] != plain:
-        raise InvalidDataError(
-            "the tokenizer puts special tokens behind a text, so nothing can follow --prefix; leave it out, and begin "
-            "each prompt with its text."
-        )
-    return whole
 
 
 def _check_save_prefix(config: Config) -> None:

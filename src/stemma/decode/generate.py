@@ -1,6 +1,6 @@
 """`stemma.generate`: transformers' `generate` with every shared run of tokens encoded, kept and read once."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from operator import index as index_of
@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from stemma.decode.options import merge, new_tokens
+from stemma.decode.options import Options
+from stemma.decode.prompts import Prompt, as_list, pad_left, prompt_ids, without_padding
 from stemma.decode.shared_cache import SharedPrefixCache, SharingReport
 from stemma.decode.shared_prefix import SharedPrefix
 from stemma.errors import InvalidBatchError
 from stemma.models.adapter import base_model
 from stemma.models.limits import check_lengths
+from stemma.models.tokens import as_id_list
 from stemma.scoring.enable import while_enabled
 
 if TYPE_CHECKING:
@@ -22,9 +24,6 @@ if TYPE_CHECKING:
 
 
 __all__ = ["Config", "Generations", "generate", "prompt_ids"]
-
-Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
-"""A text, token ids, or the messages of a chat."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +43,11 @@ class Config:
             raise ValueError(f'share must be "auto", "always" or "never", got {self.share!r}.')
         for name in ("min_shared", "max_tokens"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            try:
+                number = 1 if value is None and name == "max_tokens" else index_of(value)
+            except TypeError:
+                raise ValueError(f"{name} must be a whole number, got {value!r}.") from None
+            if number < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
 
 
@@ -53,7 +56,7 @@ class Generations:
     """What `generate` returns: for each of ``B`` prompts its ``G`` sequences."""
 
     token_ids: list[list[list[int]]]
-    """New tokens up to and including the first end-of-sequence token."""
+    """New tokens, up to and including the one that ended the row."""
     texts: list[list[str]] | None
     """Their texts without special tokens; None without a tokenizer."""
     output: Any
@@ -67,9 +70,9 @@ class Generations:
 def generate(
     model: Any,
     tokenizer: "PreTrainedTokenizerBase | None",
-    prompts: Sequence[Prompt],
+    prompts: Sequence[Prompt] | Tensor,
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | None = None,
     prefix: SharedPrefix | None = None,
     sharing: Config | None = None,
     generation_config: "GenerationConfig | None" = None,
@@ -100,8 +103,10 @@ def generate(
             the length of the call, which costs its self-test each time.
         tokenizer: of the model; None for prompts of token ids, which then give no texts.
         prompts: ``B`` texts, lists of chat messages (with the tokenizer's template and its generation prompt) or lists
-            of token ids.
-        max_new_tokens: most new tokens of a row.
+            of token ids; or a tensor of ids, whose padding on the left is told as transformers tells it (the pad token
+            must not be one that ends rows).
+        max_new_tokens: most new tokens of a row; None takes what the generation config says, in ``max_new_tokens`` or
+            ``max_length``, else transformers' default.
         prefix: what all prompts begin with, encoded before; prompts are then what follows it. Texts are tokenized by
             themselves, without special tokens; messages cannot follow a prefix.
         sharing: how prefixes are shared.
@@ -127,20 +132,26 @@ def generate(
             f"prefix must be a SharedPrefix, got {type(prefix).__name__}; make one with "
             "stemma.SharedPrefix.from_ids(model, ids)."
         )
-    prompts = _listed(prompts)
+    listed = as_list(prompts)
     sharing = sharing or Config()
     inner: PreTrainedModel = base_model(model)
     shared = sharing.share != "never"
-    config, arguments = merge(
-        inner, tokenizer, generation_config, generation_kwargs, max_new_tokens=max_new_tokens, shared=shared
-    )
-    ids = [prompt_ids(tokenizer, prompt, index, prefix is not None) for index, prompt in enumerate(prompts)]
+    if max_new_tokens is not None:
+        generation_kwargs = generation_kwargs | {"max_new_tokens": max_new_tokens}
+    options = Options(inner, tokenizer, generation_config, generation_kwargs, shared=shared)
+    config = options.config
+    if isinstance(prompts, Tensor) and options.padding is not None:
+        listed = without_padding(prompts, options.padding, as_id_list(config.eos_token_id))
+    ids = [prompt_ids(tokenizer, prompt, index, prefix is not None) for index, prompt in enumerate(listed)]
     whole = ids if prefix is None else [[*prefix.ids.tolist(), *row] for row in ids]
+    longest = max(map(len, whole))
+    new = options.most_new_tokens(longest)
     if shared:
-        check_lengths(model, max(map(len, whole)) + max_new_tokens)
+        check_lengths(model, longest + new)
     rows = max(config.num_beams or 1, config.num_return_sequences or 1)
     device = inner.get_input_embeddings().weight.device
-    input_ids, mask = _padded(whole, config.pad_token_id, device)
+    input_ids, mask = pad_left(whole, config.pad_token_id, device)
+    arguments = options.arguments(new)
     report = None
     with while_enabled(model) if shared else nullcontext():
         if shared:
@@ -148,7 +159,7 @@ def generate(
                 model,
                 [row for row in ids for _ in range(rows)],
                 prefix=prefix,
-                room=max_new_tokens,
+                room=new,
                 max_tokens=sharing.max_tokens,
                 min_shared=sharing.min_shared,
                 **({"call_bytes": 0} if sharing.share == "always" else {}),
@@ -159,7 +170,7 @@ def generate(
         if shared:
             cache.check_read()
     sequences: Tensor = output if isinstance(output, Tensor) else output.sequences
-    token_ids = new_tokens(sequences[:, input_ids.shape[1] :], config, generation_kwargs)
+    token_ids = options.ends.cut(sequences, longest)
     texts = None if tokenizer is None else tokenizer.batch_decode(token_ids, skip_special_tokens=True)
     returned = len(token_ids) // len(ids)
     groups = [slice(begin, begin + returned) for begin in range(0, len(token_ids), returned)]
@@ -169,83 +180,3 @@ def generate(
         output=output,
         report=report,
     )
-
-
-def prompt_ids(
-    tokenizer: "PreTrainedTokenizerBase | None", prompt: Prompt, index: int = 0, continues: bool = False
-) -> list[int]:
-    """Token ids of a prompt.
-
-    Args:
-        tokenizer: needed for texts and messages.
-        prompt: text, messages or ids.
-        index: its number, for messages of errors.
-        continues: it follows a prefix, so a text gets no special tokens.
-
-    Raises:
-        InvalidBatchError: an empty prompt, a text or messages without a tokenizer, messages that its chat template does
-            not take or that follow a prefix, or something else.
-    """
-    ids: Any = prompt
-    if isinstance(prompt, str) or (not _is_item(prompt) and len(prompt) > 0 and isinstance(prompt[0], Mapping)):
-        if tokenizer is None:
-            raise InvalidBatchError(f"prompt {index} is text, which needs a tokenizer; give one, or token ids.")
-        if isinstance(prompt, str):
-            ids = tokenizer(prompt, add_special_tokens=not continues)["input_ids"]
-        elif continues:
-            raise InvalidBatchError(
-                f"prompt {index} is chat messages, whose template begins anew, and cannot follow a prefix; apply the "
-                "template and give the token ids behind the prefix."
-            )
-        else:
-            ids = _chat_ids(tokenizer, prompt, index)
-    try:
-        found = [index_of(token) for token in ids]
-    except (TypeError, ValueError):
-        raise InvalidBatchError(
-            f"prompt {index} must be a text, a list of token ids or a list of chat messages, got {str(prompt)[:60]!r}."
-        ) from None
-    if not found:
-        raise InvalidBatchError(f"prompt {index} is empty; generation needs at least one token to start from.")
-    return found
-
-
-def _chat_ids(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Any], index: int) -> Any:
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise InvalidBatchError(
-            f"prompt {index} is chat messages, and the tokenizer has no chat template; set tokenizer.chat_template, or "
-            "give texts."
-        )
-    try:
-        return tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
-        )
-    except Exception as error:  # a template raises what it likes
-        reason = str(error).strip().partition("\n")[0]
-        raise InvalidBatchError(
-            f"the tokenizer's chat template does not take the messages of prompt {index} ({reason}); give them the "
-            "roles and fields that it expects."
-        ) from error
-
-
-def _is_item(value: Any) -> bool:
-    """Whether a value is at most part of a prompt: a message, a token id."""
-    return isinstance(value, Mapping) or not hasattr(value, "__len__") or getattr(value, "ndim", None) == 0
-
-
-def _listed(prompts: Any) -> list[Any]:
-    """The prompts, unless they are a single one."""
-    listed = [] if isinstance(prompts, (str, bytes, Mapping)) else list(prompts)
-    if isinstance(prompts, (str, bytes, Mapping)) or (listed and all(map(_is_item, listed))):
-        raise InvalidBatchError(f"prompts is a list of prompts; write [prompt] for a single one, got {prompts!r:.60}.")
-    if not listed:
-        raise InvalidBatchError("there are no prompts; give at least one.")
-    return listed
-
-
-def _padded(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows padded on the left, and the mask of their tokens, both ``(B, L)`` int64."""
-    longest = max(map(len, rows))
-    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=device)
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
-    return ids, mask

@@ -23,6 +23,7 @@ from stemma.decode.loop import Decoder
 from stemma.decode.sampling import StopCondition, TokenSampler
 from stemma.errors import InvalidBatchError, UnsupportedModelError
 from stemma.models.limits import check_prompts, vocabulary_size
+from stemma.models.tokens import as_id_list
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -181,7 +182,7 @@ def generate_groups(
         )
     prompt_ids = [[int(token) for token in prompt] for prompt in prompts]
     check_prompts(model, prompt_ids, max_new_tokens)
-    eos_ids = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+    eos_ids = as_id_list(eos_token_id)
     stop = StopCondition(eos_ids, stop_strings, tokenizer)
     forced_ids = checked_forced(
         forced, len(prompt_ids), num_generations, max_new_tokens, eos_ids, vocabulary_size(model)

@@ -40,6 +40,7 @@ from stemma.decode.sampling import TokenSampler
 from stemma.errors import ServerError, UnsupportedModelError
 from stemma.files import replacing
 from stemma.models.limits import check_prompts, vocabulary_size
+from stemma.models.tokens import as_id_list
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -125,8 +126,7 @@ class ServerGenerator:
             timeout=self.timeout,
             retries=self.retries,
         )
-        eos = self.eos_token_id
-        self._eos_ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+        self._eos_ids = as_id_list(self.eos_token_id)
         strings = self.stop_strings or []
         self._stop = [strings] if isinstance(strings, str) else list(strings)
         self._loaded: Path | None = None  # the folder of the weights that the server has

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from stemma.errors import InvalidBatchError, InvalidDataError
+from stemma.models import tokens
 from stemma.rl.engine.batch import RolloutBatch
 from stemma.train.seeds import stream
 
@@ -155,13 +156,12 @@ def end_token_ids(model: nn.Module, processing_class: Any) -> list[int]:
     Raises:
         InvalidDataError: there is none, so that no completion would ever end.
     """
-    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ids = {processing_class.eos_token_id, *(found if isinstance(found, list) else [found])} - {None}
+    ids = tokens.end_token_ids(model, processing_class)
     if not ids:
         raise InvalidDataError(
             "neither the tokenizer nor the model's generation config has an eos_token_id; set tokenizer.eos_token"
         )
-    return sorted(ids)
+    return ids
 
 
 def checked_advantages(advantages: Tensor, size: int) -> Tensor:

@@ -58,8 +58,9 @@ from stemma.cache.offsets import Layers, Weighting, add_to_content, add_to_follo
 from stemma.errors import InvalidBatchError, UnsupportedModelError
 from stemma.models.limits import check_lengths
 from stemma.models.rotary import cached_states, encode, plain_cache
+from stemma.models.tokens import text_ids
 from stemma.serve.kvcomm.recompute import key_errors, recompute, second_layer
-from stemma.serve.kvcomm.template import Part, Template, check_joins, text_ids
+from stemma.serve.kvcomm.template import Part, Template, check_joins
 from stemma.serve.kvcomm.texts import Config, Content, Prefill, Texts, Usage, copied, cut
 
 __all__ = ["Agent", "Config", "Content", "KVComm", "Plan", "Prefill", "Template", "Usage"]
@@ -105,7 +106,7 @@ class Agent:
         self.pieces = template.piece_ids(comm.tokenizer)
         self._ids, self._starts = list(self.pieces[0]), [0]
         for placeholder, piece in zip(template.names, self.pieces[1:], strict=True):
-            self._ids += text_ids(comm.tokenizer, placeholder)
+            self._ids += text_ids(comm.tokenizer, placeholder, special_tokens=False)
             self._starts.append(len(self._ids))
             self._ids += piece
         self._bases: list[Layers] = []
@@ -381,7 +382,7 @@ class Agent:
 
         Args:
             prefill: of this agent; its cache is the one that `generate` was given.
-            sequence: the whole row, prompt included; an end-of-sequence token at its end is left out.
+            sequence: the whole row, prompt included; the end-of-sequence token that ended it is left out.
 
         Raises:
             InvalidBatchError: several rows; the row does not begin with the prompt, adds nothing, or the cache does not

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from stemma.errors import InvalidBatchError
+from stemma.models.tokens import text_ids
 
-__all__ = ["Part", "Template", "check_joins", "text_ids"]
+__all__ = ["Part", "Template", "check_joins"]
 
 _MARK = "\ue000{}\ue001"
 """Stands for a placeholder while a chat template is rendered: private-use characters, which no template writes."""
@@ -65,8 +66,8 @@ class Template:
 
     def piece_ids(self, tokenizer: Any) -> tuple[tuple[int, ...], ...]:
         """Token ids of each piece, each by itself; the tokenizer's own tokens belong to the first."""
-        first = text_ids(tokenizer, self.pieces[0], special_tokens=self.special_tokens)
-        return (first, *(text_ids(tokenizer, piece) for piece in self.pieces[1:]))
+        first = tuple(text_ids(tokenizer, self.pieces[0], special_tokens=self.special_tokens))
+        return (first, *(tuple(text_ids(tokenizer, piece, special_tokens=False)) for piece in self.pieces[1:]))
 
     def digest(self, tokenizer: Any) -> str:
         """Names the template and its tokens."""
@@ -94,21 +95,6 @@ def _split(text: str) -> tuple[list[str], list[str]]:
         names.append(name)
         pieces.append("")
     return pieces, names
-
-
-def text_ids(tokenizer: Any, text: str, *, special_tokens: bool = False) -> tuple[int, ...]:
-    """Token ids of a text.
-
-    Raises:
-        InvalidBatchError: the tokenizer puts tokens of its own behind the text, where nothing could follow.
-    """
-    plain = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-    if not special_tokens:
-        return plain
-    whole = tuple(tokenizer(text)["input_ids"])
-    if whole[len(whole) - len(plain) :] != plain:
-        raise InvalidBatchError("the tokenizer puts special tokens behind a text, so nothing can follow it.")
-    return whole
 
 
 @dataclass(frozen=True)
@@ -139,7 +125,7 @@ def _check_run(tokenizer: Any, parts: Sequence[Part], special_tokens: bool) -> N
     if len(parts) < 2:
         return
     joined = [token for part in parts for token in part.ids]
-    whole = list(text_ids(tokenizer, "".join(part.text or "" for part in parts), special_tokens=special_tokens))
+    whole = text_ids(tokenizer, "".join(part.text or "" for part in parts), special_tokens=special_tokens)
     if joined == whole:
         return
     same = next((i for i, pair in enumerate(zip(joined, whole, strict=False)) if pair[0] != pair[1]), len(joined))

@@ -16,9 +16,9 @@ from stemma.errors import InvalidBatchError, UnsupportedModelError
 from stemma.models.adapter import base_model
 from stemma.models.fingerprint import active_adapters, fingerprint
 from stemma.models.rotary import cached_states, encode, find_rotations
+from stemma.models.tokens import end_token_ids, text_ids
 from stemma.models.weights_state import unsaved_buffers, weights_state
 from stemma.serve.kvcomm.recompute import first_layer, token_errors, windows
-from stemma.serve.kvcomm.template import text_ids
 
 __all__ = ["Config", "Content", "Prefill", "Texts", "Usage", "copied", "cut"]
 
@@ -149,7 +149,7 @@ class Texts:
         self.pool = AnchorPool() if pool is None else pool
         self.rotations = find_rotations(model)
         self.window, self.chunk = windows(model)
-        self.header = text_ids(tokenizer, self.config.header, special_tokens=True)
+        self.header = tuple(text_ids(tokenizer, self.config.header))
         self._known: tuple[Any, dict[str, str]] | None = None
         self.owner: tuple[object, ...] = ()
         """The model as it was at the last :meth:`check`, and the header: what keys and values depend on."""
@@ -192,7 +192,7 @@ class Texts:
         """
         if not isinstance(text, str):
             raise InvalidBatchError(f"a text is expected, got {type(text).__name__}.")
-        return Content(text_ids(self.tokenizer, text), text)
+        return Content(tuple(text_ids(self.tokenizer, text, special_tokens=False)), text)
 
     def check_base(self, content: Content) -> None:
         """Refuse a generated text whose keys and values are of another model or header; they cannot be made again.
@@ -208,7 +208,7 @@ class Texts:
             )
 
     def generated(self, prefill: Prefill, sequence: Any) -> tuple[list[int], Layers]:
-        """The row that `generate` made of a prefill, without end-of-sequence tokens, and what the cache holds of it.
+        """The row that `generate` made of a prefill, without the end-of-sequence token, and what the cache holds of it.
 
         Raises:
             InvalidBatchError: several rows; not the row of this prompt and cache; the model has changed since.
@@ -226,7 +226,7 @@ class Texts:
         row, start, length = rows.flatten().tolist(), len(prefill.ids), held[0].key.shape[2]
         if row[:start] != prefill.ids:
             raise InvalidBatchError("the sequence does not begin with the prompt of this prefill; give generate's row.")
-        while len(row) > start and row[-1] in (self.tokenizer.eos_token_id, self.tokenizer.pad_token_id):
+        if len(row) > start and row[-1] in end_token_ids(self.model, self.tokenizer):
             row.pop()
         if len(row) == start or length < len(row) - 1:
             raise InvalidBatchError(
