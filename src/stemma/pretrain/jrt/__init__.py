@@ -1,28 +1,29 @@
 """Just read twice: recall for models with a state of fixed size, by repeating the context or by encoding it both ways.
 
-For whom trains or serves recurrent language models. Such a model has to decide what to keep of a text before it has
-read the question, so the order of the information matters. Two cures:
+Use it to prompt or train recurrent language models. Such a model decides what to keep of a text before it has read the
+question, so the order of the information matters. Two remedies:
 
 - *JRT-Prompt*: the prompt has the context twice, `jrt_text`, `jrt_messages`, `jrt_ids`. No training, any model.
 - *JRT-RNN*: the model reads the prompt both ways, `PrefixLinearAttentionForCausalLM`.
 
 Source: "Just read twice: closing the recall gap for recurrent language models", 2024, arXiv 2407.05483. The equations
-of prefix linear attention are in :mod:`stemma.attention.linear`. Training masks tokens of the prefix with probability
-0.15, predicts these where they stand and the tokens behind the prefix from the one before (`PrefixLMCollator`,
+of prefix linear attention are in `stemma.attention.linear`. Training masks tokens of the prefix with probability 0.15,
+predicts these where they stand and the tokens behind the prefix from the one before (`PrefixLMCollator`,
 `prefix_lm_loss`):
 
-====================================================  ==================================================================
-the paper                                             here
-====================================================  ==================================================================
-``M``, length of the encoder region                   `prefix_lengths`, one per row
-``k^e, v^e``                                          `PrefixLinearAttention.encoder_key`, `encoder_value`
-``w_1 L_NTP + w_2 L_MLM``                             `prefix_lm_loss`; weights 1 and `mlm_weight` = 0.25 (the code's)
-====================================================  ==================================================================
+| the paper | here |
+|---|---|
+| `M`, length of the encoder region | `prefix_lengths`, one per row |
+| `k^e, v^e` | `PrefixLinearAttention.encoder_key`, `encoder_value` |
+| `w_1 L_NTP + w_2 L_MLM` | `prefix_lm_loss`; weights 1 and `mlm_weight` = 0.25 (the code's) |
 
-What we changed and why: repeating and asking first are two options (the published prompts mix them, which confounds
-their comparison); a budget of tokens shortens all copies alike, never the question; the last token of the prefix is
-never masked, as it predicts the first token behind it from the same logits; tokens with id 0 are learned and a batch
-without a masked token has a loss (the published code skips the one and gives NaN for the other).
+What we changed and why:
+
+- Repeating the context and asking first are two options; the published prompts mix them, which confounds them.
+- A budget of tokens shortens all copies alike, never the question.
+- The last token of the prefix is never masked, as it predicts the first token behind it from the same logits.
+- Tokens with id 0 are learned, and a batch without a masked token has a loss; the published code skips the one and
+  gives NaN for the other.
 
 Relations: prompts that ask about one context begin alike, so that `stemma.generate` encodes and keeps their copies of
 it once, unless the question comes first. The model keeps a state of fixed size after the prefix, and no keys.
@@ -243,7 +244,7 @@ class PrefixLMCollator:
             raise ValueError(f"mlm_probability must be in [0, 1], got {self.mlm_probability}.")
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """`input_ids`, `attention_mask`, `labels` (-100: no loss), all ``(batch, T)``, and `prefix_lengths (batch,)`.
+        """`input_ids`, `attention_mask`, `labels` (-100: no loss), all `(batch, T)`, and `prefix_lengths (batch,)`.
 
         Raises:
             InvalidDataError: an example without tokens, or whose labels or mask have another length.

@@ -1,32 +1,32 @@
 """KVCOMM: prompts of several agents around the same texts, without encoding the texts again for each.
 
-For pipelines in which agents that share one model pass texts to each other, or ask different things about the same
-documents: each agent's template puts other words before a text, so the keys and values of the text cannot be reused as
-they are, and a prefix cache finds nothing.
+Use it where agents that share one model pass texts to each other, or ask different things about the same documents.
+Each agent's template puts other words before a text, so its keys and values cannot be reused as they are, and a prefix
+cache finds nothing. Reuse here is an approximation, and the result says where it was made.
 
 Source: "KVCOMM: Online Cross-context KV-cache Communication for Efficient LLM-based Multi-agent Systems", 2025, arXiv
 2510.12872 (NeurIPS 2025). A text's keys and values are computed once, alone (its *base*); below a template they are
 estimated as the base, turned to the new position, plus differences that were measured on earlier texts (*anchors*). The
-equations are in :mod:`stemma.cache.offsets`, the pool in :mod:`stemma.cache.anchors`. A text becomes an anchor, with
-one dense prefill for each agent, when no anchor stands out by likeness (an entropy above ``gamma`` of its largest
-value); otherwise it is reused.
+equations are in `stemma.cache.offsets`, the pool in `stemma.cache.anchors`. A text becomes an anchor, with one dense
+prefill for each agent, when no anchor stands out by likeness (an entropy above `gamma` of its largest value); otherwise
+it is reused.
 
 What we changed and why:
 
-- Everything is estimated in the frame of the base and turned to its place last, so an anchor is worth the same wherever
-  it stood; the published code adds differences between keys at two different places.
-- Every rotary scheme of transformers, found by a probe (:mod:`stemma.models.rotary`); the published code knows one and
+- Keys are estimated at the positions of the base and turned to their own last, so that an anchor is worth the same
+  wherever it stood; the published code adds differences between keys at two different positions.
+- Every rotary scheme of transformers, found by a probe (`stemma.models.rotary`); the published code knows one and
   applies YaRN's factor twice.
-- The entropy rule compares distances relative to the text's own norm, times ``sharpness``. The published distances are
+- The entropy rule compares distances relative to the text's own norm, times `sharpness`. The published distances are
   norms over all layers, tokens and channels: for one likeness their softmax is nearly flat for a short text in a small
   model and 0 and 1 for a long one in a large model, where the rule says "reuse" whenever there are two anchors.
-  ``sharpness=None`` is that rule. Measured on a small model, the entropy does not predict how good an estimate is, but
-  the number of anchors does; so a text also becomes an anchor while there are fewer than ``min_anchors``.
-- A text that is an anchor itself takes that anchor alone. Anchors credited with a use are those up to ``top_p``, never
+  `sharpness=None` is that rule. Measured on a small model, the entropy does not predict how good an estimate is, but
+  the number of anchors does; so a text also becomes an anchor while there are fewer than `min_anchors`.
+- A text that is an anchor itself takes that anchor alone. Anchors credited with a use are those up to `top_p`, never
   all of them; a pool holds no more than its limit, in number and in bytes.
 - Parts whose tokens, joined, are not the tokens of the text are refused. What was done, and why, is in the result.
 - "blend" computes the tokens anew whose estimated keys are furthest off, as CacheBlend (arXiv 2405.16444) does;
-  ``max_error`` falls back to a dense prefill by the same measure.
+  `max_error` falls back to a dense prefill by the same measure.
 
 One prompt at a time. Relations: exact reuse of common beginnings is `stemma.decode.generate`.
 
@@ -67,7 +67,7 @@ __all__ = ["Agent", "Config", "Content", "KVComm", "Plan", "Prefill", "Template"
 
 Mode = Literal["auto", "dense", "learn", "reuse", "blend"]
 _PROBES = 16
-"""Tokens on which ``max_error`` is looked at."""
+"""Tokens on which `max_error` is looked at."""
 
 
 class Plan(NamedTuple):
@@ -78,11 +78,11 @@ class Plan(NamedTuple):
     reason: str = ""
     """Why a dense prefill should make the text an anchor; empty when it need not."""
     closeness: Tensor | None = None
-    """``(A,)`` how near each of them is; None where the rule did not get so far."""
+    """`(A,)` how near each of them is; None where the rule did not get so far."""
 
 
 class KVComm(Texts):
-    """One model, the texts and anchors of its agents; arguments and refusals as :class:`Texts`."""
+    """One model, the texts and anchors of its agents; arguments and refusals as `Texts`."""
 
     def agent(self, name: str, template: str | Template | Sequence[Mapping[str, str]]) -> "Agent":
         """An agent with a template of its own: a text with placeholders, or chat messages with placeholders.
@@ -98,7 +98,7 @@ class KVComm(Texts):
 
 
 class Agent:
-    """A template and what is known about it; made by :meth:`KVComm.agent`."""
+    """A template and what is known about it; made by `KVComm.agent`."""
 
     def __init__(self, comm: Texts, name: str, template: Template) -> None:
         self.comm, self.name, self.template = comm, name, template
@@ -132,7 +132,7 @@ class Agent:
         """Keys and values of the template filled in.
 
         Args:
-            contents: a text for each placeholder: plain, or from :meth:`KVComm.content` or :meth:`answer`, so that
+            contents: a text for each placeholder: plain, or from `KVComm.content` or `answer`, so that
                 others that use it do not encode it again.
             mode: "auto" reuses what the sharing rule allows and otherwise encodes the whole prompt, learning from it;
                 "dense" encodes it and learns nothing; "learn" encodes it and makes its texts anchors; "reuse" refuses
@@ -141,10 +141,10 @@ class Agent:
 
         Raises:
             InvalidBatchError: a text too many or missing; tokens that do not join; more tokens than the model has
-                positions; with "reuse", a text without anchors or an error above ``max_error``; but with "dense", an
+                positions; with "reuse", a text without anchors or an error above `max_error`; but with "dense", an
                 answer of another model or header, or of this model before it changed.
             UnsupportedModelError: a layer attends in chunks, and the prompt is longer than one; with "blend" or
-                ``max_error``, a sliding window shorter than the prompt.
+                `max_error`, a sliding window shorter than the prompt.
         """
         if mode not in get_args(Mode):
             raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}.")

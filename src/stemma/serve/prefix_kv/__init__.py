@@ -1,33 +1,33 @@
 """PrefixKV: drop the least attended keys and values of a prompt, each layer as many as it can spare.
 
-For decoding behind long prompts, or many questions about one document, where keys and values take the memory and
-reading them takes the time.
+Use it to decode behind long prompts, or to ask many questions about one document, where keys and values take the memory
+and reading them takes the time. It is an approximation.
 
 Source: "PrefixKV: Adaptive Prefix KV Cache is What Vision Instruction-Following Models Need for Efficient Generation",
-2024, arXiv 2412.03409. The "prefix" is the top of a ranking, not the beginning of the text. With ``A`` the attention
-probabilities of layer ``l`` over a prompt of ``N`` tokens and ``H`` heads,
+2024, arXiv 2412.03409. The "prefix" is the top of a ranking, not the beginning of the text. With `A` the attention
+probabilities of layer `l` over a prompt of `N` tokens and `H` heads,
 
-- importance ``I_j = sum_i (1/H) sum_h A_hij``: :func:`stemma.cache.compressed.attention_mass`;
-- ranked, cumulative priority ``P_o = sum_{i<=o} I_(i) / sum_i I_i``: :func:`stemma.cache.compressed.retained_mass`;
-- size at a common threshold ``O(p) = min{o : P_o >= p}``, and by binary search the ``p`` with ``sum_l O_l(p) = r L N``:
-  :func:`stemma.serve.prefix_kv.budget.waterline`.
+- importance `I_j = sum_i (1/H) sum_h A_hij`: `stemma.cache.compressed.attention_mass`;
+- ranked, cumulative priority `P_o = sum_{i<=o} I_(i) / sum_i I_i`: `stemma.cache.compressed.retained_mass`;
+- size at a common threshold `O(p) = min{o : P_o >= p}`, and by binary search the `p` with `sum_l O_l(p) = r L N`:
+  `stemma.serve.prefix_kv.budget.waterline`.
 
 What we changed and why:
 
 - Importance is summed in slices of queries inside the registered attention, so no attention matrix is formed and any
-  kernel computes the output; the paper's code needs eager attention with weights, of size ``L H N^2``.
-- The budget is met exactly: ``floor(r L N)`` tokens, what bisection leaves over going to the layer that retains least.
-  The paper's code stops within five tokens, truncates, and may bisect for ever where ties leave no such ``p``.
-  Protected tokens count, and the sizes are then the best there are for the layer that retains least.
+  kernel computes the output; the paper's code needs eager attention with weights, of size `L H N^2`.
+- The budget is met exactly: `floor(r L N)` tokens, what bisection leaves over going to the layer that retains least.
+  The paper's code stops within five tokens, truncates, and may bisect for ever where ties leave no such `p`. Protected
+  tokens count, and the sizes are then the best there are for the layer that retains least.
 - Batches: every row has its own sizes and tokens, as if it were alone.
-- While decoding, :attr:`Config.drop_every` drops the least important tokens. The paper's code drops whatever stands 25
-  places from the end of what is kept, which saves the bookkeeping and gives up an important token as soon as any other;
-  here attention mass goes on being summed, at the price of one more product of the new queries with the keys.
+- While decoding, `Config.drop_every` drops the least important tokens. The paper's code drops whatever stands 25 places
+  from the end of what is kept, which saves the bookkeeping and gives up an important token as soon as any other; here
+  attention mass goes on being summed, at the price of one more product of the new queries with the keys.
 - A layer whose sliding window is shorter than the prompt is bounded already: it is left whole and is not part of the
   budget.
 
 What the waterline optimises is attention mass, which is not the error of the output: see docs/recipes.md for where it
-gains and where it does not. The baselines are other combinations of ``allocation`` and ``score``.
+gains and where it does not. The baselines are other combinations of `allocation` and `score`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -132,16 +132,16 @@ def compress(
     ```
 
     Args:
-        model: an enabled model (:func:`stemma.enable`) in evaluation mode.
-        rows: token ids of each row, of any lengths and without padding; a tensor ``(rows, length)`` where all have one.
+        model: an enabled model (`stemma.enable`) in evaluation mode.
+        rows: token ids of each row, of any lengths and without padding; a tensor `(rows, length)` where all have one.
         config: what is kept.
-        profile: sizes of the layers from :func:`calibrate`, in place of a search on these rows; for its scores and
+        profile: sizes of the layers from `calibrate`, in place of a search on these rows; for its scores and
             shares only.
         max_tokens: tokens of a row in one forward call; what is dropped is the same.
         room: new tokens to make room for; more only cost a copy.
 
     Returns:
-        A transformers `Cache` that has seen all tokens of ``rows``; `report()` says what it keeps.
+        A transformers `Cache` that has seen all tokens of `rows`; `report()` says what it keeps.
 
     Raises:
         InvalidBatchError: no row, ids without a row around them, an empty row or one that is shorter than what is
@@ -165,11 +165,11 @@ def votes_of(config: Config) -> int | None:
 
 
 def drop(cache: CompressedCache, config: Config, profile: Profile | None = None) -> None:
-    """Compress a cache that was only filled (:meth:`stemma.decode.compressed_cache.CompressedCache.prefill`), as
-    :func:`compress` does.
+    """Compress a cache that was only filled (`stemma.decode.compressed_cache.CompressedCache.prefill`), as
+    `compress` does.
 
     Raises:
-        InvalidBatchError: as :func:`compress`, and a cache that was filled with other votes than :func:`votes_of`.
+        InvalidBatchError: as `compress`, and a cache that was filled with other votes than `votes_of`.
     """
     if cache.votes != votes_of(config):
         raise InvalidBatchError(
@@ -204,17 +204,17 @@ def calibrate(
     *,
     max_tokens: int | None = None,
 ) -> Profile:
-    """Find the share of each layer once on sample texts, the mean over them; :func:`compress` then searches no more.
+    """Find the share of each layer once on sample texts, the mean over them; `compress` then searches no more.
 
     Args:
         model: an enabled model.
-        rows: token ids of the samples as for :func:`compress`, encoded one by one; the paper takes about ten.
+        rows: token ids of the samples as for `compress`, encoded one by one; the paper takes about ten.
         keep: shares to find sizes for.
         config: score and protected tokens; its `keep` does not matter.
-        max_tokens: see :func:`compress`.
+        max_tokens: see `compress`.
 
     Raises:
-        InvalidBatchError: as :func:`compress`; no share, or samples whose lengths differ in which layers are bounded by
+        InvalidBatchError: as `compress`; no share, or samples whose lengths differ in which layers are bounded by
             a window.
         ValueError: a share outside (0, 1], or an allocation that has nothing to calibrate.
     """

@@ -1,36 +1,34 @@
 """NTK-Attention: a prefix of any length as one matrix and one vector per head.
 
-For whom fine-tunes a model with a prefix, or wants to keep what a given long prefix does without its keys and values.
-Prefix tuning trains ``m`` keys and values per head and pays for each of them in every step; this adapter has
-``r d + r`` parameters per head and one cost, however long the prefix it stands for.
+Use it to fine-tune a model with a prefix, or to replace a long given prefix (a system prompt) by something smaller.
+Prefix tuning trains `m` keys and values per head and pays for each of them in every step; this adapter has `r d + r`
+parameters per head and one cost, however long the prefix it replaces.
 
-Source: "Towards Infinite-Long Prefix in Transformer", 2024, arXiv 2406.14036. With a feature map
-``phi(q) . phi(k) ~ exp(q . k / sqrt(d))``, and ``A_ij = exp(q_i . k_j / sqrt(d))`` over the ordinary keys:
+Source: "Towards Infinite-Long Prefix in Transformer", 2024, arXiv 2406.14036. With a feature map `phi` for which
+`phi(q) . phi(k) ~ exp(q . k / sqrt(d))`, and `A_ij = exp(q_i . k_j / sqrt(d))` over the ordinary keys:
 
-====================================================  ==================================================================
-the paper                                             here
-====================================================  ==================================================================
-``phi(x) = elu(x / d^(1/4)) + 1`` (its code)          `stemma.attention.kernelized.FeatureMap`
-``Z = sum_j phi(k_j) v_j^T``, ``k = sum_j phi(k_j)``  `kernel_sums`, parameters of a `KernelPrefix` per layer
-``(A V + phi(Q) Z) / (A 1 + phi(Q) k)``               one more term ``phi(q) Z / (phi(q) . k)`` with log-sum-exp
-                                                      ``log(phi(q) . k)``, merged with the layer's own attention
-====================================================  ==================================================================
+| the paper | here |
+|---|---|
+| `phi(x) = elu(x / d^(1/4)) + 1` (its code) | `stemma.attention.kernelized.FeatureMap` |
+| `Z = sum_j phi(k_j) v_j^T`, `k = sum_j phi(k_j)` | `kernel_sums`, parameters of a `KernelPrefix` per layer |
+| `(A V + phi(Q) Z) / (A 1 + phi(Q) k)` | attention merged with `phi(q) Z / (phi(q) . k)`, of weight `phi(q) . k` |
 
-What we changed and why: terms are merged by log-sum-exp and the positive map is handled by its logarithm, so that no
-score overflows (the published order, a maximum taken before masking, gives NaN rows for scores above ten). ``k`` is
-positive as ``exp`` of a parameter, not as ``|k|``, whose gradient at the usual start 0 is 0. The other parameter is
-``Z / k``, the features' mean values, so that a step does not depend on the length of the prefix. ``phi`` is divided by
-``sqrt(d)`` (`normalize`): as published a key of score 0 weighs ``d`` instead of 1, which makes the stand-in of a short
-prefix many times heavier than the prefix. Other maps (Taylor, positive random features), a low rank of ``Z``, and a
-prefix per key head of grouped queries are options.
+What we changed and why:
+
+- The two are merged by log-sum-exp and the positive map is handled by its logarithm, so that no score overflows. The
+  published order, a maximum taken before masking, gives NaN rows for scores above ten.
+- `k` is positive as `exp` of a parameter, not as `|k|`, whose gradient at the usual start 0 is 0. The other parameter
+  is `Z / k`, the mean values of the features, so that a step does not depend on the length of the prefix.
+- `phi` is divided by `sqrt(d)` (`normalize`): as published, a key of score 0 weighs `d` instead of 1, which makes the
+  replacement of a short prefix many times heavier than the prefix.
+- Options: other maps (Taylor, positive random features), a low rank of `Z`, a prefix per key head of grouped queries.
 
 The prefix is in no cache: positions, masks and lengths stay as they are. Keys of a given prefix are therefore taken at
-the positions before 0 where positions are relative.
+the positions before 0 where positions are relative. Sums are additive, so several adapters on one model act as one
+prefix (`set_adapter`).
 
-Sums are additive, so several adapters on one model act together as one prefix (:func:`set_adapter`).
-
-Relations: `stemma.attention.tree` merges the same kind of term for shared prefixes with keys. Prefix tuning, P-tuning
-v2 and LoRA are in the package peft; LoRA can be trained together with this.
+Relations: `stemma.attention.tree` merges the same kind of partial attention for shared prefixes with keys. Prefix
+tuning, P-tuning v2 and LoRA are in the package peft; LoRA can be trained together with this.
 """
 
 import json
@@ -101,13 +99,13 @@ class Config:
     """Options of the adapter."""
 
     feature_map: Literal["elu", "taylor", "random"] = "elu"
-    """``phi``: ``elu + 1`` (the paper's code), the exponential series, or positive random features."""
+    """`phi`: `elu + 1` (the paper's code), the exponential series, or positive random features."""
     normalize: bool = True
-    """With "elu", divide ``phi`` by ``sqrt(d)``; the paper's code does not."""
+    """With "elu", divide `phi` by `sqrt(d)`; the paper's code does not."""
     degree: int = 1
-    """Degree of "taylor", 1 to 3; ``r = 1 + d + ... + d^degree``."""
+    """Degree of "taylor", 1 to 3; `r = 1 + d + ... + d^degree`."""
     num_features: int = 256
-    """``r`` of "random"."""
+    """`r` of "random"."""
     rank: int | None = None
     """Rank of the values' matrix, at least 1; None: full."""
     layers: tuple[int, ...] | None = None
@@ -165,11 +163,11 @@ def attach(
     ```
 
     Args:
-        model: a causal language model of transformers, plain or wrapped; enabled if it is not (:func:`stemma.enable`).
+        model: a causal language model of transformers, plain or wrapped; enabled if it is not (`stemma.enable`).
             Wrap it in LoRA before, not after: peft freezes what it does not know.
         config: options.
         adapter_name: a new name, a part of the parameters' names.
-        prefix: what the prefix is to stand for, from :func:`prefix_states` or :func:`peft_prefix_states`; None: an
+        prefix: what the prefix is to stand for, from `prefix_states` or `peft_prefix_states`; None: an
             untrained one.
         freeze: let only the new parameters be trained, and what adapters of peft (LoRA) train already; False leaves all
             others as they are, but for other adapters of this kind.
@@ -254,13 +252,13 @@ class ConversionError:
 def conversion_error(model: Any, prefix: KeyValues, inputs: Tensor) -> ConversionError:
     """Compare the active prefix with the exact one, whose keys and values lie in the cache.
 
-    The inputs begin at position 0 where positions are rotary. Learned ones begin at ``m``, behind the exact prefix; a
-    model with a stand-in must be given the same ``position_ids`` to be as close.
+    The inputs begin at position 0 where positions are rotary. Learned ones begin at `m`, behind the exact prefix; a
+    model with a stand-in must be given the same `position_ids` to be as close.
 
     Args:
         model: with an active prefix, in evaluation mode.
         prefix: the exact one.
-        inputs: ``(rows, length)`` token ids that follow, without padding.
+        inputs: `(rows, length)` token ids that follow, without padding.
 
     Raises:
         UnsupportedModelError: no prefix is active, or the cache of the model holds no keys and values.
@@ -332,7 +330,7 @@ def save_adapter(model: Any, folder: str | os.PathLike[str], adapter_name: str |
 def load_adapter(
     model: Any, folder: str | os.PathLike[str], adapter_name: str = "default", *, freeze: bool = True
 ) -> Any:
-    """Attach what :func:`save_adapter` wrote, as the active adapter, and return the model; one that is refused stays as
+    """Attach what `save_adapter` wrote, as the active adapter, and return the model; one that is refused stays as
     it was.
 
     Raises:
