@@ -201,6 +201,12 @@ def test_model_types_that_the_readme_names_are_what_it_says() -> None:
             assert any(each.startswith(name.lower().replace("-", "_")) for each in types), f"{name} is not {result}"
 
 
+def test_the_floors_name_every_package() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    packages = [path.parent.name for path in (ROOT / "src" / "stemma").glob("*/__init__.py")]
+    assert [name for name in packages if f"`{name}/`" not in page] == []
+
+
 def test_every_command_has_its_section() -> None:
     page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     for name in dispatcher.commands():
