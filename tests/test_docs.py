@@ -174,7 +174,7 @@ def test_links_of_the_page_resolve(path: Path) -> None:
     assert broken == []
 
 
-@pytest.mark.parametrize("path", PAGES, ids=page_id)
+@pytest.mark.parametrize("path", [path for path in PAGES if path.name != "CHANGELOG.md"], ids=page_id)
 def test_names_and_files_on_the_page_exist(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     for name in set(re.findall(r"\bstemma(?:\.\w+)+", text)):
