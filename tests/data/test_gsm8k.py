@@ -1,9 +1,13 @@
 import json
 import os
+import re
 from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from stemma.data import gsm8k
 from stemma.data.gsm8k import Problem
@@ -17,6 +21,13 @@ needs_data = pytest.mark.skipif(
 NATALIA = Problem("How many clips?", "Natalia sold 48/2 = <<48/2=24>>24 clips.\n#### 72")
 
 
+_UNREADABLE = [
+    *("10:30", "1:2", "5 billion", "5 feet 6", "6 out of 10", "3 or 4", "5 and a half", "7 thousandths", "2 dozen"),
+    *("1/0", "2 3/2", "1,00", "12,34,567", "1.2.3", "--5", "-$-5", "10-30", "3x", "½", "2½", "5万", "٣", "1e9999"),
+    *("5 ^ 2", "2 + 3", "4 = 4", "10m", "9" * 5000, "1/3/5", "1 2", "(5)", "5 %%", "1_000", "0x10", "1e", "5 fifty"),
+]
+
+
 @pytest.mark.parametrize(
     ("text", "number"),
     [
@@ -28,8 +39,22 @@ NATALIA = Problem("How many clips?", "Natalia sold 48/2 = <<48/2=24>>24 clips.\n
         ("A:$ 10.50 in all", "10.5"),
         ("#### 7.", "7"),
         ("#### 1\n#### 2", "1"),
-        ("#### 3/4", None),
-        ("#### 13/4", None),
+        ("#### 3/4", "0.75"),
+        ("#### 13/4.", "3.25"),
+        ("#### 2 1/2", "2.5"),
+        ("#### -2 1/2", "-2.5"),
+        ("#### -$5", "-5"),
+        ("#### $-5", "-5"),
+        ("#### −5", "-5"),
+        ("#### 1e3", "1000"),
+        ("#### 1.5E-2", "0.015"),
+        ("#### $1,000.50", "1000.5"),
+        ("#### 50%", "0.5"),
+        ("#### 72 dollars.", "72"),
+        ("A: she had some\n#### 6", "6"),
+        ("A: 5 of 9 are left\n#### 4", None),
+        ("####\n72", "72"),
+        *((f"#### {text}", None) for text in _UNREADABLE),
         ("the answer is 72", None),
         ("so A: 72", None),
         ("#### none", None),
@@ -38,6 +63,65 @@ NATALIA = Problem("How many clips?", "Natalia sold 48/2 = <<48/2=24>>24 clips.\n
 )
 def test_final_answer(text, number):
     assert gsm8k.final_answer(text) == (None if number is None else Decimal(number))
+
+
+numbers = st.integers(-(10**12), 10**12) | st.decimals(-(10**9), 10**9, places=4) | st.fractions(max_denominator=99)
+prints = [str, "{:,}".format, "{:e}".format, "${}".format, "{} apples".format, "{}.".format, "{:.3f}".format]
+
+
+def printed(number, form):
+    """A number as one of the forms prints it; fractions have one form only."""
+    return str(number) if isinstance(number, Fraction) else form(number)
+
+
+@given(numbers, st.sampled_from(prints))
+def test_a_printed_number_round_trips(number, form):
+    text = printed(number, form)
+    expected = Fraction(text.strip("$. aples").replace(",", ""))
+    assert gsm8k.final_answer(f"work\n#### {text}\n#### 1") == expected
+    assert gsm8k.reward(text, f"#### {text}") == 1.0
+    assert gsm8k.reward(text, f"#### {expected + 1}") == 0.0
+
+
+_WORDS = (*":-x", "and", "or", "to", "of", "billion")
+_BETWEEN = [*":-+*^=x;|~<>'", "..", "...", ", ", *(f" {word} " for word in _WORDS)]
+
+
+@given(numbers, numbers, st.sampled_from(_BETWEEN), st.sampled_from(prints))
+def test_two_numbers_are_never_read_as_one(first, second, between, form):
+    text = f"{printed(first, form)}{between}{printed(second, form)}"
+    assert gsm8k.final_answer(f"#### {text}") is None
+    with pytest.raises(InvalidDataError):
+        gsm8k.reward(text, "#### 1")
+
+
+@given(st.text("0123456789.,/%eE-+−$: ", max_size=12))
+def test_what_is_read_is_the_whole_text(text):
+    found = gsm8k.final_answer(f"#### {text}")
+    if found is not None:
+        bare = re.sub(r"[$\s]|(?<!\d)\+", "", text.replace("−", "-").strip().removesuffix(".")).replace(",", "")
+        mixed = re.fullmatch(r"[-+$−\s]*(\d+)\s+(\d+)\s?/\s?(\d+)\s*%?\s*\.?\s*", text)
+        value = (
+            abs(Fraction(bare.removesuffix("%")))
+            if mixed is None
+            else int(mixed[1]) + Fraction(*map(int, mixed.group(2, 3)))
+        )
+        assert abs(found) == value / (100 if "%" in text else 1)
+        assert found <= 0 if bare.startswith("-") else found >= 0
+
+
+def test_latex_is_compared_by_math_verify():
+    pytest.importorskip("math_verify", reason="needs the extra: pip install 'stemma-lm[math]'")
+    half = r"\frac{1}{2}"
+    for answer, completion, right in [
+        ("0.5", f"#### {half}", 1.0),
+        ("1/2", rf"#### ${half}$.", 1.0),
+        (half, "#### 50%", 1.0),
+        (half, "#### 2", 0.0),
+        (half, rf"#### {half} or 3", 0.0),
+        (r"2\sqrt{3}", r"#### \sqrt{12}", 1.0),
+    ]:
+        assert gsm8k.reward(answer, completion) == right, completion
 
 
 def test_reward_compares_numbers():

@@ -161,7 +161,7 @@ def checkpoint_job(
         eval_rows=list(_EncodedRows(records(held_out), tokenizer)),
         sft_batches=sft_batches,
         rows=rows,
-        is_boundary=lambda ids, cut: gsm8k.final_answer(tokenizer.decode(ids[:cut])) is None,
+        is_boundary=lambda ids, cut: gsm8k.final_text(tokenizer.decode(ids[:cut])) is None,
     )
 
 

@@ -6,18 +6,35 @@ Lines with `question` and `answer`; an answer is worked out line by line and end
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from fractions import Fraction
 from os import PathLike
 
 from stemma.data.records import PromptRecord, read_jsonl, read_prompts, text_field
 from stemma.errors import InvalidDataError
 
-# The published answers mark the result with `####`, the published model solutions with `A:`. What follows the number
-# must not go on as a longer number or a fraction.
-_FINAL_ANSWER = re.compile(r"^(?:####|A:)\s*\$?\s*(-?[\d,]*\.?\d+)(?![\d/])", re.MULTILINE)
+# The published answers mark the result with `####`, the published model solutions with `A:`. A line behind the mark
+# that begins like a number, or with LaTeX, is the answer.
+_FINAL_ANSWER = re.compile(r"^(?:####|A:)\s*([-+−]?\s?[$€£¥]?\s?[-+−]?(?:\.?[0-9]|\\).*)$", re.MULTILINE)
+_NUMBER = re.compile(
+    r"""(?P<sign>[-+−]?)\s?[$€£¥]?\s?(?P<inner>[-+−]?)
+    (?:(?:(?P<whole>[0-9]+)\s+)?(?P<above>[0-9]+)\s?/\s?(?P<below>[0-9]+)
+      |(?P<decimal>(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)(?:[eE](?P<power>[-+]?[0-9]{1,3}))?)
+    (?P<percent>\s?%)?
+    (?P<unit>(?:\s+[A-Za-z]+)*)\s*[.!]?""",
+    re.VERBOSE,
+)
+_SCALES = re.compile(
+    r"\b(?:and|or|to|plus|minus|times|by|over|point|e|k|m|bn|percent|per cent|squared|cubed|half|halves|dozens?|scores?"
+    r"|quarters?|zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|\w+teen|\w+ty|\w+ths?|thirds?"
+    r"|gross|grand|lakhs?|crores?|hundreds?|thousands?|\w*[mbtr]illions?)\b",
+    re.IGNORECASE,
+)
+"""Words behind a number that change it, unlike a unit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +45,7 @@ class Problem:
     answer: str
 
     @property
-    def result(self) -> Decimal:
+    def result(self) -> Fraction:
         """The number the answer ends with."""
         number = final_answer(self.answer)
         if number is None:
@@ -61,7 +78,7 @@ def read_answered_prompts(path: str | PathLike[str]) -> list[PromptRecord]:
     for (number, _), record in zip(read_jsonl(path), found):
         if record.answer is None:
             raise InvalidDataError(f"{path}, line {number}: no answer to compare with; add a field 'answer'")
-        if _reference(record.answer) is None:
+        if _reference(record.answer) is None and not _is_latex(record.answer):
             raise InvalidDataError(
                 f"{path}, line {number}: the answer {record.answer[-60:]!r} is not a number and has no line such as "
                 "'#### 72'; the reward compares final numbers, any other one takes the trainer in Python"
@@ -69,18 +86,48 @@ def read_answered_prompts(path: str | PathLike[str]) -> list[PromptRecord]:
     return found
 
 
-def final_answer(text: str) -> Decimal | None:
-    """The number on the first line that starts with `####` or `A:`, or None.
+def final_text(text: str) -> str | None:
+    """The answer as it is written: the rest of the first line that starts with `####` or `A:` and goes on like a number
+    or with LaTeX; None without one.
 
-    A dollar sign and thousands commas are ignored. The first such line counts, because a model that has answered may go
-    on and invent the next question.
+    The first such line counts, because a model that has answered may go on and invent the next question.
     """
     match = _FINAL_ANSWER.search(text)
-    return None if match is None else Decimal(match.group(1).replace(",", ""))
+    return None if match is None else match[1].strip()
+
+
+def final_answer(text: str) -> Fraction | None:
+    """The number that `final_text` is, or None: where there is none, or where the line is more than one number.
+
+    Read are signs, currency signs, thousands commas, decimals, exponents (`1e3`), fractions (`3/4`, `2 1/2`) and
+    percent (`50%` is 1/2). Words may follow as a unit (`72 dollars in all`) unless they change the number
+    (`72 million`).
+    """
+    written = final_text(text)
+    return None if written is None else _number(written)
+
+
+def _number(text: str) -> Fraction | None:
+    """The number that the whole text is; None for any other text, never the number that it begins with."""
+    match = _NUMBER.fullmatch(text) if len(text) < 400 else None
+    if match is None or _SCALES.search(match["unit"]) or (match["sign"] and match["inner"]):
+        return None
+    if match["decimal"] is None:
+        whole, above, below = (int(match[name] or 0) for name in ("whole", "above", "below"))
+        if not below or (match["whole"] is not None and above >= below):
+            return None
+        value = whole + Fraction(above, below)
+    else:
+        value = Fraction(Decimal(match["decimal"].replace(",", ""))) * Fraction(10) ** int(match["power"] or 0)
+    value /= 100 if match["percent"] else 1
+    return -value if (match["sign"] or match["inner"]) in ("-", "−") and value else value
 
 
 def reward(answer: str, completion: str) -> float:
     """1.0 if the completion's final answer is the same number as the reference answer's, else 0.0.
+
+    Answers in LaTeX (with a backslash, such as `\\frac{1}{2}`) are compared by math-verify, where the extra `math` is
+    installed; without it no completion has given them.
 
     Args:
         answer: a reference, either worked out (ending with `#### 72`) or the number alone (`72`).
@@ -89,18 +136,39 @@ def reward(answer: str, completion: str) -> float:
     Raises:
         InvalidDataError: the reference holds no number.
     """
-    expected = _reference(answer)
-    if expected is None:
+    expected, found = _written(answer), final_text(completion)
+    number = _number(expected)
+    if number is None and not _is_latex(expected):
         raise InvalidDataError(
             f"the reference answer {answer[-60:]!r} is not a number and has no line such as '#### 72'"
         )
-    return float(final_answer(completion) == expected)
+    if found is not None and (_is_latex(expected) or _is_latex(found)):
+        return float(_same_latex(expected, found))
+    return float(found is not None and _number(found) == number)
 
 
-def _reference(answer: str) -> Decimal | None:
+def _written(answer: str) -> str:
+    """A reference answer as it is written, worked out or alone."""
+    return final_text(answer) or answer.strip()
+
+
+def _reference(answer: str) -> Fraction | None:
     """The number of a reference answer, worked out or alone."""
-    number = final_answer(answer)
-    return final_answer(f"#### {answer.strip()}") if number is None else number
+    return _number(_written(answer))
+
+
+def _is_latex(text: str) -> bool:
+    return "\\" in text and importlib.util.find_spec("math_verify") is not None
+
+
+def _same_latex(expected: str, found: str) -> bool:
+    """Whether math-verify takes the two for the same, each read as one expression."""
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    texts = [text.strip("$ .") for text in (expected, found)]
+    if any("$" in text for text in texts):
+        return False
+    return bool(verify(*(parse(f"${text}$", [LatexExtractionConfig()]) for text in texts)))
 
 
 def few_shot_prompt(shots: Sequence[Problem], question: str) -> str:
