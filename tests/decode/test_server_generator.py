@@ -27,7 +27,6 @@ CALL = {"num_generations": 4, "max_new_tokens": 12, "seed": 5}
 
 @pytest.fixture(autouse=True)
 def direct_connection(monkeypatch):
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(json_client, "_RETRY_SECONDS", 0.001)
 
 
@@ -131,15 +130,15 @@ def test_lost_connections_are_tried_again_and_then_named(model):
 
 def test_a_connection_that_breaks_once_does_no_harm(server, model, monkeypatch):
     wanted = fixed(server, temperature=0.0)(model, PROMPTS, **CALL)
-    urlopen, calls = json_client.urllib.request.urlopen, []
+    connect, calls = json_client.http.client.HTTPConnection.connect, []
 
-    def breaks_first(*args, **kwargs):
-        calls.append(args)
+    def breaks_first(connection):
+        calls.append(connection)
         if len(calls) <= 2:
             raise ConnectionResetError("broken")
-        return urlopen(*args, **kwargs)
+        connect(connection)
 
-    monkeypatch.setattr(json_client.urllib.request, "urlopen", breaks_first)
+    monkeypatch.setattr(json_client.http.client.HTTPConnection, "connect", breaks_first)
     again = fixed(server, temperature=0.0, max_concurrency=1)(model, PROMPTS, **CALL)
     assert again.completions == wanted.completions
     assert len(calls) == 12 + 2
@@ -159,6 +158,16 @@ def without(*path):
         for key in path[:-1]:
             inner = inner[key]
         del inner[path[-1]]
+        return answer
+
+    return change
+
+
+def row(ids, logprobs, reason):
+    """vLLM's answer with another continuation."""
+
+    def change(_, answer):
+        answer["choices"][0] |= {"token_ids": ids, "logprobs": {"token_logprobs": logprobs}, "finish_reason": reason}
         return answer
 
     return change
@@ -193,6 +202,26 @@ def put(value, *path):
         ("vllm", put([], "choices", 0, "token_ids"), "returned 0 token ids, expected 1 to 12"),
         ("vllm", put([1] * 13, "choices", 0, "token_ids"), "returned 13 token ids"),
         ("vllm", put("abort", "choices", 0, "finish_reason"), "'abort', expected 'stop' or 'length'"),
+        ("vllm", put([4.0], "choices", 0, "token_ids"), r"token id 4\.0, outside"),
+        ("vllm", put([True], "choices", 0, "token_ids"), "token id True, outside"),
+        ("vllm", put([10**400], "choices", 0, "token_ids"), "outside"),
+        ("vllm", put("4", "choices", 0, "token_ids"), "token id 4, outside"),
+        ("vllm", put([EOS[1], 1], "choices", 0, "token_ids"), "went on behind an end-of-sequence token"),
+        ("vllm", row([1], [0.5], "stop"), "log-probability of 0.5; none is above 0"),
+        ("vllm", row([1], [True], "stop"), "0 log-probabilities for 1"),
+        ("vllm", row([1], [-(10**400)], "stop"), "0 log-probabilities for 1"),
+        ("vllm", row([1], [-1.0], "length"), "cut a row off after 1 of 12 tokens"),
+        ("vllm", row([1], [-1.0], ["stop"]), r"ended a continuation with \['stop'\]"),
+        ("vllm", put("x", "choices"), "did not answer as vllm does"),
+        ("vllm", put([None], "choices"), "did not answer as vllm does"),
+        ("vllm", put([1], "choices", 0, "logprobs"), "did not answer as vllm does"),
+        ("vllm", put(7, "choices", 0, "prompt_token_ids"), "did not answer as vllm does"),
+        ("vllm", lambda *_: (200, "[" * 100_000), "else than a JSON object"),
+        ("vllm", lambda *_: (200, '{"choices": ' + "9" * 5000 + "}"), "else than a JSON object"),
+        ("sglang", put([1], "meta_info"), "did not answer as sglang does"),
+        ("sglang", put([[-1.0]], "meta_info", "output_token_logprobs"), "did not answer as sglang does"),
+        ("sglang", put("stop", "meta_info", "finish_reason"), "did not answer as sglang does"),
+        ("sglang", put([[-1.0, 4.0, None]], "meta_info", "output_token_logprobs"), "token id 4.0, outside"),
         ("sglang", without("meta_info", "output_token_logprobs"), "no meta_info.output_token_logprobs"),
         ("sglang", put(3, "meta_info", "prompt_tokens"), "prompt of 3 token ids, but was sent 7"),
         ("sglang", put({"type": "abort"}, "meta_info", "finish_reason"), "'abort'"),

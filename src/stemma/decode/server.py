@@ -50,6 +50,10 @@ _LOADED = "loaded"
 """File in a folder of weights, written when the server has loaded them."""
 
 
+_ROUNDING = 1e-4
+"""Log-probabilities above 0 by no more than this are 0, as a server computes it."""
+
+
 class _Sampled(NamedTuple):
     """One continuation as a server gave it."""
 
@@ -198,25 +202,38 @@ class ServerGenerator:
 
     def _sample(self, ids: list[int], max_tokens: int, seed: int, vocab_size: int) -> _Sampled:
         """Continue one row; the answer is checked to be what was asked for."""
-        row = (self._vllm if self.dialect == "vllm" else self._sglang)(ids, max_tokens, seed)
+        ask, read = (self._vllm, _read_vllm) if self.dialect == "vllm" else (self._sglang, _read_sglang)
+        answer = self._client.post(*ask(ids, max_tokens, seed))
+        try:
+            row = read(answer, ids)
+        except ServerError as error:
+            raise ServerError(f"{self.url} {error}: {_excerpt(answer)}") from None
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ServerError(f"{self.url} did not answer as {self.dialect} does: {_excerpt(answer)}") from error
         if row.reason not in ("stop", "length"):
             raise ServerError(f"{self.url} ended a continuation with {row.reason!r}, expected 'stop' or 'length'")
         if not 0 < len(row.ids) <= max_tokens:
             raise ServerError(f"{self.url} returned {len(row.ids)} token ids, expected 1 to {max_tokens}")
-        outside = [token for token in row.ids if not 0 <= token < vocab_size]
+        outside = [token for token in row.ids if type(token) is not int or not 0 <= token < vocab_size]
         if outside:
             raise ServerError(
                 f"{self.url} sampled token id {outside[0]}, outside the model's vocabulary of {vocab_size}; does it "
                 "serve the model that is trained?"
             )
-        known = [value for value in row.logprobs if isinstance(value, int | float) and math.isfinite(value)]
+        if not set(self._eos_ids).isdisjoint(row.ids[:-1]):
+            raise ServerError(f"{self.url} went on behind an end-of-sequence token, one of {self._eos_ids}")
+        known = [value for value in row.logprobs if type(value) in (int, float) and -1e30 < value < 1e30]
         if len(known) != len(row.ids):
             raise ServerError(
                 f"{self.url} returned {len(known)} log-probabilities for {len(row.ids)} tokens; expected one each"
             )
+        if max(known) > _ROUNDING:
+            raise ServerError(f"{self.url} returned a log-probability of {max(known)}; none is above 0")
+        if row.reason == "length" and len(row.ids) < max_tokens:
+            raise ServerError(f"{self.url} cut a row off after {len(row.ids)} of {max_tokens} tokens; raise its limit")
         return row
 
-    def _vllm(self, ids: list[int], max_tokens: int, seed: int) -> _Sampled:
+    def _vllm(self, ids: list[int], max_tokens: int, seed: int) -> tuple[str, dict[str, Any]]:
         body = {
             "prompt": ids,
             "max_tokens": max_tokens,
@@ -229,31 +246,9 @@ class ServerGenerator:
             "stop": self._stop,
             **self._sampling(),
         }
-        answer = self._client.post("/v1/completions", body | ({"model": self.model} if self.model else {}))
-        choices = answer.get("choices") or []
-        if len(choices) != 1:
-            raise ServerError(f"{self.url} returned {len(choices)} choices, expected 1: {_excerpt(answer)}")
-        choice = choices[0]
-        if choice.get("token_ids") is None:
-            raise ServerError(
-                f"{self.url} returned no token ids; use vLLM 0.11 or newer, which knows the option return_token_ids, "
-                f"or dialect='sglang' for an SGLang server: {_excerpt(answer)}"
-            )
-        returned = choice.get("prompt_token_ids")
-        if returned is not None and returned != ids:
-            raise ServerError(
-                f"{self.url} continued a prompt of {len(returned)} token ids that is not the one of {len(ids)} that it "
-                "was sent; switch off truncation and prompt templates on the server"
-            )
-        logprobs = (choice.get("logprobs") or {}).get("token_logprobs")
-        if logprobs is None:
-            raise ServerError(
-                f"{self.url} returned no log-probabilities; start vLLM with --max-logprobs of at least 1: "
-                f"{_excerpt(answer)}"
-            )
-        return _Sampled(choice["token_ids"], logprobs, choice.get("finish_reason"))
+        return "/v1/completions", body | ({"model": self.model} if self.model else {})
 
-    def _sglang(self, ids: list[int], max_tokens: int, seed: int) -> _Sampled:
+    def _sglang(self, ids: list[int], max_tokens: int, seed: int) -> tuple[str, dict[str, Any]]:
         sampling = {
             "max_new_tokens": max_tokens,
             "n": 1,
@@ -263,18 +258,7 @@ class ServerGenerator:
             "stop": self._stop,
             **self._sampling(),
         }
-        answer = self._client.post("/generate", {"input_ids": ids, "sampling_params": sampling, "return_logprob": True})
-        meta = answer.get("meta_info") or {}
-        tokens = meta.get("output_token_logprobs")
-        if tokens is None:
-            raise ServerError(f"{self.url} returned no meta_info.output_token_logprobs: {_excerpt(answer)}")
-        if meta.get("prompt_tokens", len(ids)) != len(ids):
-            raise ServerError(
-                f"{self.url} continued a prompt of {meta['prompt_tokens']} token ids, but was sent {len(ids)}; switch "
-                "off truncation on the server"
-            )
-        reason = (meta.get("finish_reason") or {}).get("type")
-        return _Sampled([token for _, token, *_ in tokens], [value for value, *_ in tokens], reason)
+        return "/generate", {"input_ids": ids, "sampling_params": sampling, "return_logprob": True}
 
     def _sampling(self) -> dict[str, Any]:
         """Sampling options by the names of both dialects; all are given, for a server may have defaults of its own."""
@@ -348,6 +332,44 @@ class ServerGenerator:
             self._client.post("/collective_rpc", call, hint=hint)
             self._client.post("/reset_prefix_cache", {}, hint=hint)  # its entries come from the weights before
         (folder / _LOADED).touch()
+
+
+def _read_vllm(answer: dict[str, Any], ids: list[int]) -> _Sampled:
+    """The continuation of the prompt `ids` in vLLM's answer. Its errors go on after the server's address."""
+    choices = answer.get("choices") or []
+    if len(choices) != 1:
+        raise ServerError(f"returned {len(choices)} choices, expected 1")
+    choice = choices[0]
+    if choice.get("token_ids") is None:
+        raise ServerError(
+            "returned no token ids; use vLLM 0.11 or newer, which knows the option return_token_ids, or "
+            "dialect='sglang' for an SGLang server"
+        )
+    returned = choice.get("prompt_token_ids")
+    if returned is not None and returned != ids:
+        raise ServerError(
+            f"continued a prompt of {len(returned)} token ids that is not the one of {len(ids)} that it was sent; "
+            "switch off truncation and prompt templates on the server"
+        )
+    logprobs = (choice.get("logprobs") or {}).get("token_logprobs")
+    if logprobs is None:
+        raise ServerError("returned no log-probabilities; start vLLM with --max-logprobs of at least 1")
+    return _Sampled([*choice["token_ids"]], [*logprobs], choice.get("finish_reason"))
+
+
+def _read_sglang(answer: dict[str, Any], ids: list[int]) -> _Sampled:
+    """The continuation of the prompt `ids` in SGLang's answer. Its errors go on after the server's address."""
+    meta = answer.get("meta_info") or {}
+    tokens = meta.get("output_token_logprobs")
+    if tokens is None:
+        raise ServerError("returned no meta_info.output_token_logprobs")
+    if meta.get("prompt_tokens", len(ids)) != len(ids):
+        raise ServerError(
+            f"continued a prompt of {meta['prompt_tokens']} token ids, but was sent {len(ids)}; switch off truncation "
+            "on the server"
+        )
+    reason = (meta.get("finish_reason") or {}).get("type")
+    return _Sampled([token for _, token, *_ in tokens], [value for value, *_ in tokens], reason)
 
 
 def _row_seeds(seed: int | Sequence[int], num_prompts: int, num_generations: int) -> list[list[int]]:
