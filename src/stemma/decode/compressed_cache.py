@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from stemma.cache.compressed import KeptStates, priority
 from stemma.decode.compression_report import CompressionReport, LayerReport
+from stemma.decode.prompts import pad_left
 from stemma.decode.reading_cache import RowsCache, refuse_checkpointing
 from stemma.errors import InvalidBatchError, UnsupportedModelError
 from stemma.models.adapter import base_model
@@ -116,15 +117,9 @@ class CompressedCache(RowsCache):
         check_batch(model, PrefixTree.from_sequences(list({row.tobytes(): row for row in ids}.values())))
         check_lengths(model, max(row.size for row in ids))
         cache = cls(model, [row.size for row in ids], votes=votes, room=room)
-        longest = cache.prompt_length
-        tokens = np.zeros((len(ids), longest), dtype=np.int64)
-        for index, row in enumerate(ids):
-            tokens[index, longest - row.size :] = row
-        inner = base_model(model)
-        device = inner.get_input_embeddings().weight.device
-        whole = torch.from_numpy(tokens).to(device)
-        position = torch.arange(longest) - torch.from_numpy(longest - cache.lengths)[:, None]
-        mask, position = (position >= 0).to(device, torch.int64), position.clamp(min=0).to(device)
+        inner, longest = base_model(model), cache.prompt_length
+        whole, mask = pad_left(ids, 0, inner.get_input_embeddings().weight.device)
+        position = (mask.cumsum(1) - 1).clamp(min=0)
         parameters = inspect.signature(inner.forward).parameters
         extra: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
         for begin in range(0, longest, max_tokens or longest):
@@ -138,6 +133,7 @@ class CompressedCache(RowsCache):
                 **extra,
             )
         cache.check_read()
+        cache.shown = whole
         missing = sorted({*range(len(cache.layers))} - {*cache._states})
         if missing:
             raise UnsupportedModelError(
@@ -325,6 +321,7 @@ class CompressedCache(RowsCache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let row ``i`` be what row ``beam_idx[i]`` was."""
+        super().reorder_cache(beam_idx)
         rows = beam_idx.cpu().numpy()
         self.lengths = self.lengths[rows]
         self._sizes = {number: sizes[rows] for number, sizes in self._sizes.items()}
@@ -332,25 +329,19 @@ class CompressedCache(RowsCache):
             states.select(beam_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last ``-tokens_to_remove`` new tokens.
+        """Forget the last ``-tokens_to_remove`` new tokens; see :class:`RowsCache`.
 
         Raises:
-            ValueError: a positive number, more than there are new tokens, or older ones make room for them.
+            ValueError: older tokens have made room for them, too.
         """
-        new = self.new_columns
-        if not -new <= tokens_to_remove <= 0:
-            raise ValueError(
-                f"crop takes the negative number of new tokens to remove, of which there are {new}; got "
-                f"{tokens_to_remove}. The prompt stays."
-            )
         if self._budget is not None or any(states.trimmed for states in self._states.values()):
             raise ValueError(
                 "new tokens cannot be taken back where older ones are dropped for them (a budget while decoding, or a "
                 "sliding window); compress the prompt again."
             )
-        for number, states in self._states.items():
+        super().crop(tokens_to_remove)
+        for states in self._states.values():
             states.forget(-tokens_to_remove)
-            self.layers[number].seen += tokens_to_remove
 
     def reset(self) -> None:
         """Forget all new tokens; the compressed prompt stays, for the next question about it."""

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from operator import index as index_of
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -124,9 +125,12 @@ def without_padding(rows: Tensor, pad: int, ends: Sequence[int]) -> list[Tensor]
     return kept
 
 
-def pad_left(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def pad_left(rows: Sequence[Sequence[int] | np.ndarray], pad: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
     """Rows padded on the left, and the mask of their tokens, both ``(B, L)`` int64."""
     longest = max(map(len, rows))
-    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=device)
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
-    return ids, mask
+    ids = torch.full((len(rows), longest), pad, dtype=torch.int64)
+    lengths = torch.tensor([len(row) for row in rows])
+    for index, row in enumerate(rows):
+        ids[index, longest - len(row) :] = torch.as_tensor(row, dtype=torch.int64)
+    mask = (torch.arange(longest) >= longest - lengths[:, None]).long()
+    return ids.to(device), mask.to(device)

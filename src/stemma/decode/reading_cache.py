@@ -4,6 +4,9 @@ How a layer finds its cache: it updates the cache with its new keys and values, 
 them back, and then attends. The mask it attends with is a marker that leads to the cache (:mod:`stemma.models.masks`).
 A layer that updates but does not attend through the marker would silently ignore what the cache holds; it is refused by
 name.
+
+A cache sees keys, not tokens, so rows that do not continue what it holds would be answered from the tokens of others.
+transformers' `generate` has whole rows in hand where it prepares the inputs of a forward; there they are compared.
 """
 
 import inspect
@@ -14,10 +17,11 @@ from weakref import ref
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from stemma.errors import InvalidBatchError, UnsupportedModelError
-from stemma.models.adapter import base_model
+from stemma.models.adapter import base_model, is_enabled
 from stemma.models.masks import mask_is_for
 
 __all__ = ["RowsCache", "refuse_checkpointing"]
@@ -58,6 +62,28 @@ class _Layer(CacheLayerMixin):
         return -1
 
 
+class _PrepareInputs:
+    """A model's `prepare_inputs_for_generation`, which shows rows to the cache that goes on with them."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = ref(model)  # weak, as the model holds this
+        self.__signature__ = inspect.signature(model.prepare_inputs_for_generation)  # which transformers reads
+
+    def __call__(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        model, cache = self._model(), kwargs.get("past_key_values")
+        assert model is not None, "whoever calls a method of a model holds it"
+        if isinstance(cache, RowsCache):
+            whole = kwargs.get("next_sequence_length") is not None  # of which the last so many are new
+            cache.follow(input_ids, first=bool(kwargs.get("is_first_iteration")), whole=whole)
+        return type(model).prepare_inputs_for_generation(model, input_ids, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_PrepareInputs":
+        return _PrepareInputs(memo[id(self._model())])
+
+    def __reduce__(self) -> Any:
+        return getattr, (self._model(), "prepare_inputs_for_generation")
+
+
 def refuse_checkpointing(model: nn.Module) -> None:
     """Refuse a model whose layers would not be handed a cache.
 
@@ -95,6 +121,11 @@ class RowsCache(Cache):
         self.positions_given = "position_ids" in inspect.signature(inner.forward).parameters
         """Whether the model is told the positions of new tokens; `generate` tells them only by that parameter."""
         self._modules = frozenset(inner.modules())
+        self._model = ref(inner)
+        self.shown = torch.zeros(len(lengths), 0, dtype=torch.int64)
+        """``(rows, columns)`` ids that it holds, as far as they are known: a forward call does not tell them."""
+        if not isinstance(vars(inner).get("prepare_inputs_for_generation"), _PrepareInputs):
+            inner.prepare_inputs_for_generation = _PrepareInputs(inner)  # type: ignore[method-assign]
 
     @property
     def lengths(self) -> np.ndarray:
@@ -128,6 +159,12 @@ class RowsCache(Cache):
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Columns of a mask, and their offset; the next mask function will know that this cache was asked."""
         self.check_read()
+        model = self._model()
+        if model is not None and not is_enabled(model):
+            raise UnsupportedModelError(
+                f"{self.label} is not enabled, so its layers do not find this cache; call stemma.enable(model) before "
+                "going on with it. (stemma.generate enables a model for the length of a call.)"
+            )
         length, offset = super().get_mask_sizes(query_length, layer_idx)
         mask_is_for(self, length, query_length)  # type: ignore[arg-type]  # subclasses attend
         return length, offset
@@ -166,6 +203,45 @@ class RowsCache(Cache):
                 "the attention mask hides other tokens than the padding on the left that the rows of this cache have."
             )
         return self._longest
+
+    def follow(self, rows: Tensor, *, first: bool, whole: bool) -> None:
+        """Note the rows that `generate` goes on with, and refuse at first such as do not continue what is held.
+
+        Args:
+            rows: ``(rows, columns)`` ids, padded on the left.
+            first: the call that begins a generation.
+            whole: they begin with what is held; otherwise they follow it.
+
+        Raises:
+            InvalidBatchError: names the first token that differs, and the way out.
+        """
+        held = self.get_seq_length()
+        if first and rows.shape[0] != self.batch_size:
+            raise self._other_rows(rows.shape[0])
+        shown = self.shown[:, :held].to(rows.device)
+        if first and whole:
+            way_out = (
+                "A cache goes on with the rows that it has decoded: for another question about its prompt call "
+                "cache.reset() first, for another prompt make another cache."
+            )
+            if rows.shape[1] <= held:
+                raise InvalidBatchError(
+                    f"the rows have {rows.shape[1]} tokens, padding included, and the cache holds {held}, so there is "
+                    f"nothing new to go on from. {way_out}"
+                )
+            column = torch.arange(shown.shape[1], device=rows.device)
+            real = column >= torch.from_numpy(self.pads).to(rows.device)[:, None]
+            differing = ((rows[:, : shown.shape[1]] != shown) & real).nonzero()
+            if len(differing):
+                row, column = differing[0].tolist()
+                raise InvalidBatchError(
+                    f"row {row} does not continue what the cache holds: its token {column - int(self.pads[row])} is "
+                    f"{int(rows[row, column])}, and in the cache it is {int(shown[row, column])}. {way_out}"
+                )
+        if whole or not held:
+            self.shown = rows
+        elif shown.shape[1] == held:
+            self.shown = torch.cat([shown, rows], dim=1)
 
     def _other_rows(self, rows: int) -> InvalidBatchError:
         return InvalidBatchError(
@@ -218,6 +294,32 @@ class RowsCache(Cache):
         for layer in twin.layers:
             layer.owner = ref(twin)
         return twin
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let row ``i`` be what row ``beam_idx[i]`` was."""
+        self.shown = self.shown[beam_idx.to(self.shown.device)]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` new tokens.
+
+        Raises:
+            ValueError: a positive number, or more than there are new tokens.
+        """
+        new = self.new_columns
+        if not -new <= tokens_to_remove <= 0:
+            raise ValueError(
+                f"crop takes the negative number of new tokens to remove, of which there are {new}; got "
+                f"{tokens_to_remove}. The prompt stays."
+            )
+        for layer in self.layers:
+            layer.seen += tokens_to_remove
+        self.shown = self.shown[:, : self.get_seq_length()]
+
+    def reset(self) -> None:
+        """Forget all new tokens; the prompt and its rows stay, for the next question about it."""
+        for layer in self.layers:
+            layer.seen = self.prompt_length
+        self.shown, self.unread = self.shown[:, : self.prompt_length], None
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from stemma.cache.key_values import PrefixKeyValues, even_heads
 from stemma.cache.plan import CALL_BYTES, PrefixNodes, SharingPlan, plan_sharing
+from stemma.decode.prompts import pad_left
 from stemma.decode.reading_cache import RowsCache, refuse_checkpointing
 from stemma.decode.shared_prefix import SharedPrefix, encode_tree
 from stemma.errors import InvalidBatchError, UnsupportedModelError
@@ -169,6 +170,8 @@ class SharedPrefixCache(RowsCache):
         token_bytes = 0 if sizes is None else 2 * sizes.key.element_size() * sizes.key.shape[1] * sizes.key.shape[3]
         plan = plan_sharing(nodes, token_bytes, call_bytes=call_bytes)
         cache = cls(model, PrefixKeyValues(nodes, plan, place, packed, lent, room), plan)
+        head = [] if prefix is None else [prefix.ids]
+        cache.shown, _ = pad_left([np.concatenate([*head, row[:-1]]) for row in ids], 0, "cpu")
         cache.prefilled_tokens, cache.prefix_tokens = 0 if tree is None else tree.unique_tokens, above
         return cache
 
@@ -220,30 +223,19 @@ class SharedPrefixCache(RowsCache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let row ``i`` be what row ``beam_idx[i]`` was."""
+        super().reorder_cache(beam_idx)
         self.states.select(beam_idx)
         self.lengths = self.states.tokens
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last ``-tokens_to_remove`` new tokens; prefixes cannot be cropped.
-
-        Raises:
-            ValueError: a positive number, or more than there are new tokens.
-        """
-        seen = self.new_columns
-        if not -seen <= tokens_to_remove <= 0:
-            raise ValueError(
-                f"crop takes the negative number of new tokens to remove, of which there are {seen}; got "
-                f"{tokens_to_remove}. The shared prefix stays."
-            )
+        """Forget the last ``-tokens_to_remove`` new tokens; see :class:`RowsCache`."""
+        super().crop(tokens_to_remove)
         self.states.crop(-tokens_to_remove)
-        for layer in self.layers:
-            layer.seen += tokens_to_remove
 
     def reset(self) -> None:
         """Forget all new tokens; prefixes and rows stay."""
+        super().reset()
         self.states.reset()
-        for layer in self.layers:
-            layer.seen = self.prompt_length
 
 
 def _nodes(tree: PrefixTree | None, path_of: np.ndarray, handles: list[int]) -> tuple[PrefixNodes, np.ndarray]:
