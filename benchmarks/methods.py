@@ -25,7 +25,8 @@ PAGE, API = ROOT / "docs" / "methods.md", ROOT / "docs" / "api-methods.md"
 INTRODUCTION = (
     """Every method with its paper, what the paper claims and what was measured here, at laptop scale. The page is made
     from the rows that [reproductions](recipes.md) leave, as is the answer of `stemma methods`, so it cannot claim what
-    no run showed: "yes" means above zero by two standard errors, "in the mean" above zero.""",
+    no run showed. A claim holds when an exact one-sided test gives p < 0.05, is "in the mean" when only the mean points
+    that way; fewer than five seeds cannot tell.""",
 )
 
 

@@ -22,16 +22,28 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from benchmarks import methods  # noqa: E402
-from benchmarks.recipe_notes import INTRODUCTION, NOTES  # noqa: E402
 from benchmarks.rows import RESULTS, Recorder, Row, load, write_atomically  # noqa: E402
 from benchmarks.tables import prose  # noqa: E402
 from stemma.cli.methods import ROOMS  # noqa: E402
 from stemma.cli.methods import methods as methods_by_name  # noqa: E402
 from stemma.cli.run import recipes  # noqa: E402
 from stemma.recipes._runs import Options  # noqa: E402
-from stemma.recipes._tables import tables  # noqa: E402
+from stemma.recipes._tables import notes, tables  # noqa: E402
 
 PAGE, FIGURES = ROOT / "docs" / "recipes.md", ROOT / "docs" / "figures"
+INTRODUCTION = (
+    """`stemma run METHOD` repeats, on one core in 5 to 60 minutes, the comparison that a paper rests its claims on,
+    with models that are made and trained here. The numbers show that a method does what it says and in which regime,
+    not how much it gains on a large model. Where a method works on a given model, `--model FOLDER_OR_ID` measures it on
+    a pretrained one too.""",
+    """Values are means over seeds with their standard error. A claim says that a value is above a threshold: it
+    "holds" when an exact one-sided test gives p < 0.05, is "in the mean" when the mean alone points that way, else it
+    "does not hold". The test flips the signs of the paired differences of each seed, which cannot give less than 1/32
+    with five seeds: fewer are "too few seeds". Shares of successes have a binomial test; counts of tokens, operations
+    and bytes repeat exactly and need none.""",
+    """Seconds were measured on a machine that did other work too. The commit is that of the report: finished runs are
+    kept, and some were made by earlier commits with the same settings.""",
+)
 
 
 def room_of(method: str) -> str:
@@ -68,7 +80,7 @@ def page(folder: Path = RESULTS) -> str:
         methods = [name for name in recipes() if room_of(name) == room]
         measured = [(name, rows) for name in methods if (rows := load(folder / f"{room}_{name}.jsonl"))]
         if measured:
-            parts += [f"## {heading}", *(prose(paragraph) for paragraph in NOTES.get(room, ()))]
+            parts += [f"## {heading}", *map(prose, notes(f"_{room}", ()))]
         for name, rows in measured:
             parts += _section(name, f"{room}-{name}", rows)
     return "\n\n".join(parts) + "\n"
@@ -82,7 +94,7 @@ def _section(name: str, figure: str, rows: list[Row]) -> list[str]:
         {first["commit"][:7]}{"+" if first["dirty"] else ""}; {first["date"]}."""
     return [
         f"### {first['title']}",
-        *(prose(paragraph) for paragraph in NOTES.get(name, ())),
+        *map(prose, notes(name.replace("-", "_"), rows)),
         f"![curves of {name}](figures/{figure}.png)",
         *tables(rows, first["shapes"]),
         prose(about),

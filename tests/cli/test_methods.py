@@ -31,9 +31,10 @@ RUN = {
 }
 
 
-def row(value, *, claim="rises", expected="higher", error=0.1, **others):
-    measurement = {"method": "TEMPO", "metric": "height", "unit": "m", "repeats": 3, "baseline": None, "p_value": None}
-    own = {"value": value, "error": error, "claim": claim, "expected": expected if claim else None, "spread": None}
+def row(value, *, claim="rises", p_value=0.5, error=0.1, **others):
+    measurement = {"method": "TEMPO", "metric": "height", "unit": "m", "repeats": 8, "baseline": None}
+    test = {"test": "sign-flip" if claim else None, "p_value": p_value if claim else None, "threshold": 0.0}
+    own = {"value": value, "error": error, "claim": claim, "spread": None, **test}
     return {**RUN, **measurement, "baseline_value": None, **own, **others}
 
 
@@ -73,26 +74,27 @@ def test_a_method_without_rows_is_not_measured(results, capsys):
 
 
 def test_claims_hold_as_the_rows_say(results, capsys):
-    rows = [row(0.5), row(0.15), row(-0.5), row(0.3), row(0.0), row(1, expected="equal"), row(7.25, claim=None)]
+    rows = [row(0.5, p_value=0.01), row(0.15), row(-0.5), row(0.3, p_value=0.04), row(0.0), row(7.25, claim=None)]
+    rows.append(row(1.0, repeats=3))
     method = methods(results(rows))["tempo"]
-    assert outcome(method) == "does what the paper claims hold? yes 2, in the mean 1, no 2, – 1"
-    assert outcome(methods(results(rows[-1:]))["tempo"]) == "measured, but no claim was tested"
+    assert outcome(method) == "the paper's claims: holds 2, in the mean 1, does not hold 2, too few seeds 1"
+    assert outcome(methods(results([row(7.25, claim=None)]))["tempo"]) == "measured, but no claim was tested"
     results(rows)
     assert main(["methods", "tempo"]) == 0
     out = capsys.readouterr().out
     assert "measured 2031-02-03, abacus, one thread, commit 0123456+" in out
-    assert "| rises | height | -0.500 ± 0.100 m | – | no | 3 |" in out
-    assert "| height | 7.250 ± 0.100 m | 3 |" in out
+    assert "| rises | height | -0.500 ± 0.100 m | 0 | 0.5 | does not hold | 8 |" in out
+    assert "| height | 7.250 ± 0.100 m | 8 |" in out
     assert "| task | dice |" in out
     assert "stemma run tempo" in out
 
 
 def test_json_holds_every_row_and_its_run_once(results, capsys):
-    results([row(0.5), row(2.0, claim=None)])
+    results([row(0.5, p_value=0.01), row(2.0, claim=None)])
     assert main(["methods", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["methods"]["tempo"]
     assert [each["value"] for each in found["rows"]] == [0.5, 2.0]
-    assert [each["holds"] for each in found["claims"]] == ["yes"]
+    assert [each["verdict"] for each in found["claims"]] == ["holds"]
     assert found["run"] == {key: value for key, value in RUN.items() if key != "recipe"}
     assert "machine" not in found["rows"][0]
     assert found["paper"]["arxiv"] == "2509.18314"
@@ -142,11 +144,18 @@ def test_the_page_says_what_files_and_rows_say(tmp_path):
     text = page.PAGE.read_text(encoding="utf-8")
     assert text == page.page(), "run: python benchmarks/methods.py"
     assert page.page(tmp_path) != text
-    (tmp_path / "rl_tempo.jsonl").write_text(json.dumps(row(0.5)) + "\n")
+    (tmp_path / "rl_tempo.jsonl").write_text(json.dumps(row(0.5, p_value=0.01)) + "\n")
     text = page.page(tmp_path)
-    assert "| rises | height | 0.500 ± 0.100 m | – | yes | 3 |" in text
+    assert "| rises | height | 0.500 ± 0.100 m | 0 | 0.01 | holds | 8 |" in text
     assert "Measured 2031-02-03, abacus, one thread, commit 0123456+; all numbers: [TEMPO," in text
     assert text.count("Not measured here.") == sum(method.reproduced for method in methods(tmp_path).values()) - 1
+
+
+def test_the_page_of_reproductions_says_what_notes_and_rows_say():
+    page = import_module("benchmarks.recipes")
+    text = page.PAGE.read_text(encoding="utf-8")
+    assert text == page.page(), "run: python benchmarks/recipes.py"
+    assert "not measured" not in text  # of a number in the notes
 
 
 def test_rows_are_those_of_the_checkout_or_of_the_wheel(tmp_path):
@@ -169,6 +178,8 @@ def test_a_wheel_holds_the_rows(tmp_path):
     with zipfile.ZipFile(built) as archive:
         for path in (ROOT / "benchmarks" / "results").glob("*.jsonl"):
             assert archive.read(f"stemma/_results/{path.name}") == path.read_bytes()
+        for path in (ROOT / "src" / "stemma" / "recipes").glob("*.md"):
+            assert archive.read(f"stemma/recipes/{path.name}") == path.read_bytes()
 
 
 @pytest.mark.parametrize(

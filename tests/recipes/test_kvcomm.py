@@ -2,15 +2,14 @@
 
 import json
 
-from stemma.recipes import kvcomm as _recipe_kvcomm
-from stemma.recipes._kvcomm_report import OURS, WAYS
+from stemma.recipes import kvcomm
 from stemma.recipes._runs import Options
-from stemma.recipes.kvcomm import run
+from stemma.recipes.kvcomm import OURS, WAYS
 
 
 def test_the_reproduction_runs_and_finished_runs_are_read(tmp_path, monkeypatch):
     options = Options(quick=True, output_dir=tmp_path / "report", cache_dir=tmp_path / "cache")
-    result = run(options)
+    result = kvcomm.run(options)
     stored = json.loads((tmp_path / "report" / "quick" / "kvcomm.json").read_text(encoding="utf-8"))
     assert stored["measurements"] == result["measurements"]
     assert len([row for row in result["measurements"] if row["claim"]]) == 5
@@ -24,5 +23,5 @@ def test_the_reproduction_runs_and_finished_runs_are_read(tmp_path, monkeypatch)
         raise AssertionError(f"measured again: {arguments}")
 
     for name in ("_stream", "_first_token"):
-        monkeypatch.setattr(_recipe_kvcomm, name, again)
-    assert run(options)["measurements"] == result["measurements"]
+        monkeypatch.setattr(kvcomm, name, again)
+    assert kvcomm.run(options)["measurements"] == result["measurements"]

@@ -1,20 +1,19 @@
-"""Reproductions: finished runs are kept, statistics are right, the report says what the runs did."""
+"""Reproductions: finished runs are kept, the report says what the runs did."""
 
-import itertools
 import json
 import math
-import statistics
+import re
+from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
+import stemma.recipes
 from stemma.errors import InvalidDataError
-from stemma.recipes._report import Report, _finite
-from stemma.recipes._runs import Options, Runs, area, fingerprint, kept_folder, mean_and_error, paired, tail_probability
-from stemma.recipes._tables import tables
+from stemma.recipes._report import Report
+from stemma.recipes._runs import Options, Runs, fingerprint, kept_folder
+from stemma.recipes._tables import notes, tables
 
-values = st.floats(-1, 1, allow_nan=False)
+RECIPES = Path(stemma.recipes.__file__).parent
 
 
 def test_a_finished_run_is_not_made_again(tmp_path):
@@ -92,92 +91,6 @@ def test_seeds_must_be_positive():
         Options(seeds=0)
 
 
-def test_mean_and_error_by_hand():
-    assert mean_and_error([1.0, 2.0, 3.0]) == pytest.approx((2.0, 1 / math.sqrt(3)))
-    assert math.isnan(mean_and_error([1.0])[1])
-
-
-@given(st.lists(st.tuples(values, values), min_size=2, max_size=6))
-def test_paired_differences_against_all_signs(pairs):
-    first, second = zip(*pairs, strict=True)
-    difference = paired(first, second)
-    gaps = [a - b for a, b in pairs]
-    assert difference.mean == pytest.approx(statistics.fmean(gaps))
-    assert difference.error == pytest.approx(statistics.stdev(gaps) / math.sqrt(len(gaps)), abs=1e-12)
-    higher = sum(
-        sum(s * g for s, g in zip(signs, gaps, strict=True)) >= sum(gaps) - 1e-12
-        for signs in itertools.product((-1, 1), repeat=len(gaps))
-    )
-    assert difference.p_value == higher / 2 ** len(gaps)
-    assert difference.p_value >= 2 ** -len(gaps)
-
-
-def test_of_many_pairs_signs_are_drawn():
-    gaps = [0.3, -0.2, 0.1, 0.4, -0.1] * 4
-    drawn = paired(gaps, [0.0] * 20)
-    assert drawn.pairs == 20
-    chances = [1.0]  # of each sum of tenths, by convolution
-    for gap in gaps:
-        step = round(10 * abs(gap))
-        wider = [0.0] * (len(chances) + 2 * step)
-        for index, chance in enumerate(chances):
-            wider[index] += chance / 2
-            wider[index + 2 * step] += chance / 2
-        chances = wider
-    lowest = (len(chances) - 1) // 2 + round(10 * sum(gaps))
-    assert drawn.p_value == pytest.approx(sum(chances[lowest:]), abs=0.01)
-    assert paired(gaps, [0.0] * 20) == drawn
-
-
-def test_a_run_that_diverged_makes_a_difference_unknown_and_no_error():
-    mean, error = mean_and_error([math.inf, 2.4, 2.4])
-    assert mean == math.inf
-    assert math.isnan(error)
-    assert math.isnan(paired([math.inf, 2.4], [2.0, 2.0]).p_value)
-    report = Report("demo", "Demo", {})
-    report.record("a", "loss", mean, error=error, claim="is low", expected="higher", p_value=math.nan)
-    (table,) = tables([_finite(vars(report.measurements[0]))])
-    assert "| – | – | – |" in table
-
-
-def test_paired_needs_pairs():
-    with pytest.raises(ValueError, match="equally long"):
-        paired([1.0], [1.0, 2.0])
-
-
-@given(st.lists(st.tuples(st.floats(0, 10), values), min_size=1, max_size=6), st.floats(0.5, 12))
-def test_area_against_many_small_steps(points, end):
-    points = sorted(points)
-    xs = [x for x, _ in points]
-
-    def height(x):
-        if x <= xs[0]:
-            return points[0][1]
-        for (x0, y0), (x1, y1) in itertools.pairwise(points):
-            if x0 <= x < x1:
-                return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
-        return points[-1][1]
-
-    count = 2000
-    reference = statistics.fmean(height(end * (i + 0.5) / count) for i in range(count))
-    assert area(points, end) == pytest.approx(reference, abs=0.01)
-
-
-def test_area_by_hand():
-    assert area([(0, 0.0), (2, 1.0), (4, 1.0)], 4) == pytest.approx(0.75)
-    assert area([(0, 0.0), (2, 1.0), (4, 1.0)], 2) == pytest.approx(0.5)
-    assert area([(1, 0.5)], 3) == 0.5
-
-
-def test_binomial_tail_by_hand():
-    assert tail_probability(2, 2, 0.5) == pytest.approx(0.25)
-    assert tail_probability(0, 5, 0.1) == pytest.approx(1.0)
-    assert tail_probability(30, 512, 0.01) < 1e-10
-    assert [tail_probability(k, 5, p) for k, p in ((0, 0.0), (1, 0.0), (5, 1.0))] == [1.0, 0.0, 1.0]
-    exact = sum(math.comb(2000, k) for k in range(1050, 2001)) / 2**2000
-    assert tail_probability(1050, 2000, 0.5) == pytest.approx(exact)
-
-
 def finished(method, seed, final):
     curve = [
         {"sampled": 0.0, "optimised": 0.0, "pass@1": 0.1},
@@ -195,7 +108,11 @@ def test_the_report_says_what_the_runs_did(tmp_path):
     report.compare("better", "base", "pass@1", "is better")
     report.compare("base", "better", "area", "is worse")
     report.record("better", "something else", 7.0, repeats=2)
-    report.record("better", "many", 12345.6, error=23.4, p_value=1e-9, claim="is sure", expected="higher")
+    sure = {"claim": "is sure", "threshold": 0.5, "test": "binomial", "p_value": 1e-9}
+    report.record("better", "many", 12345.6, error=23.4, **sure)
+    report.claim("better", "times faster", [2.0, 3.0, 2.5, 2.2, 2.3], "is fast", threshold=1.0)
+    report.claim("better", "error left", [1.0, math.inf], "diverges nowhere")
+    report.record("better", "bytes", 4096.0, claim="is small", test="count")
     result = report.write(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo.json", "demo.md", "demo.png"]
     stored = json.loads((tmp_path / "demo.json").read_text())
@@ -208,23 +125,17 @@ def test_the_report_says_what_the_runs_did(tmp_path):
     claimed = rows["better", "pass@1, better − base"]
     assert claimed["value"] == pytest.approx(0.1)
     assert claimed["p_value"] == 0.25  # the third pair is equal, so its sign does not matter
+    assert claimed["values"] == pytest.approx([0.2, 0.1, 0.0])
+    assert rows["better", "error left"]["values"] == [1.0, None]
     text = (tmp_path / "demo.md").read_text()
-    assert "| is better | pass@1, better − base | +0.100 ± 0.058 | 0.25 | in the mean | 3 |" in text
-    assert "| is worse |" in text
-    assert "| no | 3 |" in text
+    assert "| is better | pass@1, better − base | +0.100 ± 0.058 | 0 | 0.25 | too few seeds | 3 |" in text
+    assert "| is worse | area under the curve, base − better | -0.050 ± 0.029 | 0 | 1 | too few seeds | 3 |" in text
+    assert "| is fast | times faster | 2.400 ± 0.170 | 1 | 0.031 | holds | 5 |" in text
+    assert "| diverges nowhere | error left | – | 0 | – | – | 2 |" in text
+    assert "| is small | bytes | 4,096 | 0 | a count | holds | 1 |" in text
     assert "\n\n".join(tables(stored["measurements"], stored["about"])) in text
     assert "| something else | 7.000 | 2 |" in text
-    assert "| is sure | many | 12,346 ± 23 | < 0.001 | yes | 1 |" in text
-
-
-@pytest.mark.parametrize(
-    ("value", "error", "verdict"), [(0.3, 0.1, "yes"), (0.15, 0.1, "in the mean"), (0.0, 0.1, "no")]
-)
-def test_verdicts_are_mechanical(value, error, verdict):
-    report = Report("demo", "Demo", {})
-    report.record("a", "gain", value, error=error, claim="gains", expected="higher", baseline="b")
-    (table,) = tables([vars(report.measurements[0])])
-    assert f"| {verdict} |" in table
+    assert "| is sure | many | 12,346 ± 23 | 0.5 | < 0.001 | holds | 1 |" in text
 
 
 def test_methods_and_metrics_that_never_meet_have_tables_of_their_own():
@@ -237,6 +148,26 @@ def test_methods_and_metrics_that_never_meet_have_tables_of_their_own():
     report.record("c", "y", 1.0)
     (table,) = tables([vars(measurement) for measurement in report.measurements])
     assert table.splitlines()[0] == "| also measured | a | c | b | n |"
+
+
+def test_notes_take_their_numbers_from_rows_and_hold_no_verdict():
+    row = {
+        "method": "start",
+        "metric": "share of outputs with wrong text",
+        "value": 0.125,
+        "error": None,
+        "unit": "",
+        "baseline": None,
+    }
+    first = notes("tempo", [row])[0]
+    assert "0.125 of its outputs, the noisier one in not measured" in first
+    assert notes("no_such_recipe", []) == []
+    for path in sorted(RECIPES.glob("*.md")):
+        assert not re.search(r"±|\bp [=<]|\b(holds|in the mean|does not hold|reproduces?)\b", path.read_text()), path
+
+
+def test_every_recipe_has_notes():
+    assert {path.stem for path in RECIPES.glob("[!_]*.md")} == {path.stem for path in RECIPES.glob("[!_]*.py")}
 
 
 def test_a_kept_folder_is_made_once_and_whole_or_not_at_all(tmp_path):

@@ -10,6 +10,7 @@ import difflib
 import json
 import re
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -20,7 +21,8 @@ from typing import Annotated, Any
 import tyro
 
 from stemma.errors import InvalidDataError
-from stemma.recipes._tables import tables, verdict
+from stemma.recipes._statistics import verdict
+from stemma.recipes._tables import notes, tables
 
 __all__ = [
     "ROOMS",
@@ -51,7 +53,8 @@ a method."""
 
 _SOURCE = re.compile(r'Source: "([^"]+)", (\d{4}), arXiv (\d{4}\.\d{5})(?!\d)')
 _NO_RUN = re.compile(r"No `run`: (.+?\.)(?= [A-Z]|\n\n|$)", re.DOTALL)
-_VERDICTS = ("yes", "in the mean", "no", "–")
+_FIELDS = {"claim", "test", "threshold", "date", "commit", "machine", "shapes"}
+_VERDICTS = ("holds", "in the mean", "does not hold", "too few seeds", "–")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +141,7 @@ def outcome(method: Method) -> str:
         return f"no reproduction: {reason}" if reason else "not measured here"
     counts = Counter(verdict(row) for row in method.claims)
     found = ", ".join(f"{name} {counts[name]}" for name in _VERDICTS if counts[name])
-    return f"does what the paper claims hold? {found}" if found else "measured, but no claim was tested"
+    return f"the paper's claims: {found}" if found else "measured, but no claim was tested"
 
 
 def measured(method: Method) -> str:
@@ -170,7 +173,8 @@ def main(config: Config) -> dict[str, Any]:
     if method.reproduced:
         print(f"  again: stemma run {method.name}")
     if method.rows:
-        print("", *tables(method.rows, method.rows[0]["shapes"]), sep="\n\n")
+        about = notes(method.name.replace("-", "_"), method.rows)
+        print("", *map(textwrap.fill, about), *tables(method.rows, method.rows[0]["shapes"]), sep="\n\n")
     return _plain(method)
 
 
@@ -216,7 +220,7 @@ def _rows(file: Path, name: str) -> tuple[Mapping[str, Any], ...]:
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             row = json.loads(line)
-            fits = row["recipe"] == name and {"claim", "date", "commit", "machine", "shapes"} <= row.keys()
+            fits = row["recipe"] == name and row.keys() >= _FIELDS
         except (ValueError, TypeError, KeyError):
             fits = False
         if not fits:
@@ -246,5 +250,5 @@ def _plain(method: Method) -> dict[str, Any]:
     common = ("recipe", "title", "shapes", "threads", "machine", "versions", "commit", "dirty", "date")
     rows = [{key: value for key, value in row.items() if key not in common} for row in method.rows]
     run = {key: method.rows[0][key] for key in common[1:]} if rows else None
-    verdicts = [{**row, "holds": verdict(row)} for row in rows if row["claim"]]
+    verdicts = [{**row, "verdict": verdict(row)} for row in rows if row["claim"]]
     return {**asdict(method), "run": run, "claims": verdicts, "rows": rows}

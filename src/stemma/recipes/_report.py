@@ -5,17 +5,17 @@ Measurements are plain data, so that a documentation page can be made from store
 
 import datetime
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from stemma.files import write_json, write_text
-from stemma.recipes._runs import Difference, area, mean_and_error, paired
-from stemma.recipes._tables import COLUMNS, COUNTS, tables
+from stemma.recipes._statistics import area, mean_and_error, sign_flip
+from stemma.recipes._tables import COLUMNS, COUNTS, notes, tables
 from stemma.train.report import require_matplotlib, save_figure
 
-__all__ = ["Measurement", "Report", "tables"]
+__all__ = ["Measurement", "Report"]
 
 Run = Mapping[str, Any]
 
@@ -38,10 +38,14 @@ class Measurement:
     baseline_value: float | None = None
     claim: str | None = None
     """What the paper says about it."""
-    expected: str | None = None
-    """With a claim: "higher" when it says that `value` is above 0, "equal" when it says nothing of the kind."""
+    threshold: float = 0.0
+    """With a claim: what `value` is claimed to be above."""
+    test: str | None = None
+    """With a claim: "sign-flip" over `values`, "binomial" over `repeats` trials, or "count": no test is needed."""
     p_value: float | None = None
-    """One-sided."""
+    """One-sided p-value of the test."""
+    values: Sequence[float] | None = None
+    """With a sign-flip test: what was tested, one number a seed."""
 
 
 class Report:
@@ -59,6 +63,8 @@ class Report:
 
     caption = "pass@1 against tokens; the band is one standard error to either side of the mean over seeds"
     """What the plot shows."""
+    size = (10.0, 4.4)
+    """Width and height of the plot in inches."""
 
     def __init__(self, name: str, title: str, about: Mapping[str, Any], budget: float | None = None) -> None:
         require_matplotlib()
@@ -80,35 +86,53 @@ class Report:
         return [area(curve, self.budget) for curve in curves] if self.budget is not None else []
 
     def record(self, method: str, metric: str, value: float, **others: Any) -> None:
-        """Add one measurement."""
+        """Add one measurement; `others` are fields of `Measurement`."""
         self.measurements.append(Measurement(method=method, metric=metric, value=value, **others))
+
+    def mean(self, method: str, metric: str, values: Sequence[float], /, **others: Any) -> None:
+        """Add the mean of a value over seeds; nothing where there is none."""
+        if values:
+            mean, error = mean_and_error(values)
+            self.record(method, metric, mean, error=error, repeats=len(values), **others)
 
     def mean_of(self, method: str, metric: str, words: str, unit: str = "") -> None:
         """Add the mean over seeds of a metric that the trainer logged, itself the mean over steps."""
-        values = [run["per_step"][metric] for run in self.runs[method] if metric in run["per_step"]]
-        if values:
-            mean, error = mean_and_error(values)
-            self.record(method, words, mean, error=error, repeats=len(values), unit=unit)
+        known = [run["per_step"][metric] for run in self.runs[method] if metric in run["per_step"]]
+        self.mean(method, words, known, unit=unit)
 
-    def compare(self, method: str, baseline: str, metric: str, claim: str, *, name: str | None = None) -> Difference:
-        """Add the paired difference of a metric ("pass@1" or "area") between two methods as the test of a claim."""
+    def claim(
+        self,
+        method: str,
+        metric: str,
+        values: Sequence[float],
+        claim: str,
+        *,
+        than: tuple[str, Sequence[float]] | None = None,
+        threshold: float = 0.0,
+        unit: str = "",
+    ) -> None:
+        """Add the sign-flip test of a claim; nothing where there is no value.
+
+        Args:
+            values: one a seed.
+            than: a baseline and its values with the same seeds; the claim is then about the differences to them.
+            threshold: what the mean is claimed to be above.
+        """
+        others: dict[str, Any] = {}
+        if than is not None:
+            others = {"baseline": than[0], "baseline_value": mean_and_error(than[1])[0] if than[1] else math.nan}
+            values = [own - other for own, other in zip(values, than[1], strict=True)]
+        if values:
+            others |= {"test": "sign-flip", "p_value": sign_flip(values, threshold), "values": list(values)}
+            self.mean(method, metric, values, unit=unit, claim=claim, threshold=threshold, **others)
+
+    def compare(self, method: str, baseline: str, metric: str, claim: str) -> None:
+        """Test on pairs of runs with one seed that a metric ("pass@1" or "area") is above that of a baseline."""
         values = {"pass@1": self.finals, "area": self.areas}[metric]
         first, second = values(method), values(baseline)
         pairs = min(len(first), len(second))
-        difference = paired(first[:pairs], second[:pairs])
-        self.record(
-            method,
-            name or f"{COLUMNS[metric]}, {method} − {baseline}",
-            difference.mean,
-            error=difference.error,
-            repeats=pairs,
-            baseline=baseline,
-            baseline_value=mean_and_error(second)[0],
-            claim=claim,
-            expected="higher",
-            p_value=difference.p_value,
-        )
-        return difference
+        name = f"{COLUMNS[metric]}, {method} − {baseline}"
+        self.claim(method, name, first[:pairs], claim, than=(baseline, second[:pairs]))
 
     def write(self, folder: Path) -> dict[str, Any]:
         """Write the three files.
@@ -120,8 +144,7 @@ class Report:
         measurements = [*self._of_methods(), *self.measurements]
         rows = [_finite(asdict(measurement)) for measurement in measurements]
         folder.mkdir(parents=True, exist_ok=True)
-        figure = folder / f"{self.name}.png"
-        self.plot(figure)
+        self._draw(folder / f"{self.name}.png")
         result = {
             "recipe": self.name,
             "title": self.title,
@@ -132,8 +155,8 @@ class Report:
             "files": {kind: str(folder / f"{self.name}.{kind}") for kind in ("json", "md", "png")},
         }
         write_json(folder / f"{self.name}.json", result)
-        text = "\n\n".join([f"# {self.title}", f"![{self.caption}]({figure.name})", *tables(rows, self.about)])
-        write_text(folder / f"{self.name}.md", text + "\n")
+        parts = [f"# {self.title}", *notes(self.name.replace("-", "_"), rows), f"![{self.caption}]({self.name}.png)"]
+        write_text(folder / f"{self.name}.md", "\n\n".join([*parts, *tables(rows, self.about)]) + "\n")
         return result
 
     def _of_methods(self) -> list[Measurement]:
@@ -167,14 +190,18 @@ class Report:
                     )
         return found
 
-    def plot(self, path: Path) -> None:
-        """The curves: mean and standard error over seeds of pass@1 against sampled and against optimised tokens."""
-        require_matplotlib()
+    def _draw(self, path: Path) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(10, 4.4), layout="constrained")
+        figure = Figure(figsize=self.size, layout="constrained")
         FigureCanvasAgg(figure)
+        self.plot(figure)
+        save_figure(figure, path)
+
+    def plot(self, figure: Any) -> None:
+        """Draw into a matplotlib figure: mean and standard error over seeds of pass@1 against sampled and against
+        optimised tokens."""
         axes = figure.subplots(1, 2, sharey=True)
         for axis, x in zip(axes, ("sampled", "optimised"), strict=True):
             for index, (method, runs) in enumerate(self.runs.items()):
@@ -194,8 +221,14 @@ class Report:
         bands = any(len(runs) > 1 for runs in self.runs.values())
         about = "\nmeans over seeds; a band is one standard error to either side" if bands else ""
         figure.suptitle(f"{self.title}{about}", fontsize=10)
-        save_figure(figure, path)
 
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    """JSON has no NaN and no infinity."""
+
+    def known(value: Any) -> Any:
+        if isinstance(value, list):
+            return [known(each) for each in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return {key: known(value) for key, value in row.items()}

@@ -1,9 +1,13 @@
 """Tables of stored measurements, for reports, for pages and for the terminal. Imports no torch."""
 
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-__all__ = ["COLUMNS", "COUNTS", "claims_table", "markdown_table", "tables", "verdict"]
+from stemma.recipes._statistics import verdict
+
+__all__ = ["COLUMNS", "COUNTS", "claims_table", "markdown_table", "notes", "tables"]
 
 COLUMNS = {
     "pass@1": "pass@1",
@@ -40,7 +44,7 @@ def tables(rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any] | None = 
     if claims:
         parts.append(claims_table(claims))
     methods = list(dict.fromkeys(row["method"] for row in rows if row["metric"] in COLUMNS))
-    found = {(row["method"], row["metric"]): row for row in rows}
+    found = {(row["method"], row["metric"]): row for row in rows if not row["claim"]}
     if methods:
         body = [[m, *(_cell(found.get((m, metric)), metric) for metric in COLUMNS)] for m in methods]
         parts.append(markdown_table(["method", *COLUMNS.values()], body))
@@ -66,11 +70,28 @@ def _connected(rows: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]
 
 
 def claims_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown of measurements that test a claim."""
+    """Markdown of measurements that test a claim: that the value is above the one beside it."""
+    head = ["the paper's claim", "measured here", "value", "claimed above", "p", "verdict", "n"]
     body = [
-        [row["claim"], row["metric"], _value(row), _p_value(row), verdict(row), str(row["repeats"])] for row in rows
+        [r["claim"], r["metric"], _value(r), f"{r['threshold']:g}", _p_value(r), verdict(r), str(r["repeats"])]
+        for r in rows
     ]
-    return markdown_table(["the paper's claim", "measured here", "value", "p", "holds", "n"], body)
+    return markdown_table(head, body)
+
+
+def notes(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The paragraphs of `NAME.md` beside this file, what to know before reading the tables of a reproduction.
+
+    They hold no result: ``{METHOD | METRIC}`` stands for a measured value, or for "not measured".
+    """
+    path = Path(__file__).with_name(f"{name}.md")
+    if not path.exists():
+        return []
+    values = {f"{{{row['method']} | {row['metric']}}}": _value(row) for row in rows}
+    text = re.sub(
+        r"\{[^{}|]+ \| [^{}]+\}", lambda m: values.get(" ".join(m[0].split()), "not measured"), path.read_text("utf-8")
+    )
+    return [" ".join(paragraph.split()) for paragraph in text.split("\n\n") if paragraph.strip()]
 
 
 def markdown_table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
@@ -82,25 +103,18 @@ def markdown_table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 def _value(row: Mapping[str, Any]) -> str:
     if row["value"] is None:
         return "–"
-    sign = "+" if row["baseline"] and row["value"] >= 0 else ""
+    sign = "+" if row["baseline"] and not row["threshold"] and row["value"] >= 0 else ""
     form = ",.0f" if abs(row["value"]) >= 1000 else ".3f"
     error = "" if row["error"] is None else f" ± {row['error']:{form}}"
     return f"{sign}{row['value']:{form}}{error}{' ' + row['unit'] if row['unit'] else ''}"
 
 
 def _p_value(row: Mapping[str, Any]) -> str:
+    if row["test"] == "count":
+        return "a count"
     if row["p_value"] is None:
         return "–"
     return f"{row['p_value']:.2g}" if row["p_value"] >= 0.001 else "< 0.001"
-
-
-def verdict(row: Mapping[str, Any]) -> str:
-    """Mechanical: above 0 by two standard errors, above 0 in the mean, or not."""
-    if row["expected"] != "higher" or row["value"] is None:
-        return "–"
-    if row["value"] <= 0:
-        return "no"
-    return "yes" if row["error"] is not None and row["value"] > 2 * row["error"] else "in the mean"
 
 
 def _cell(row: Mapping[str, Any] | None, metric: str) -> str:

@@ -8,7 +8,6 @@ parameters, rows with one prefix, and the same greedy tokens from every cache. P
 
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +17,9 @@ from transformers.cache_utils import Cache
 from stemma.cache.plan import CALL_BYTES
 from stemma.decode.shared_cache import SharedPrefixCache
 from stemma.recipes._report import Report
-from stemma.recipes._runs import Options, Runs, mean_and_error
+from stemma.recipes._runs import Options, Runs
+from stemma.recipes._statistics import mean_and_error
 from stemma.scoring.enable import disable, enable
-from stemma.train.report import require_matplotlib, save_figure
 from stemma.train.seeds import stream
 
 __all__ = ["run"]
@@ -44,7 +43,7 @@ def run(options: Options) -> dict[str, Any]:
     about = {"model": "random Llama, 4 layers, 8 heads of 64, 12.6 million parameters", "rows": rows, "new tokens": new}
     report = _Report("hydragen", "Hydragen: decoding below a shared prefix", about, lengths)
     runs = Runs(options.folder / "runs" / "hydragen")
-    for seed in range(options.seeds or (1 if options.quick else 3)):
+    for seed in range(options.seeds or (1 if options.quick else 5)):
         for prefix in lengths:
             for method in (SHARED, DENSE, EXPANDED):
                 if method == SHARED or rows * prefix <= _MAX_DENSE_TOKENS:
@@ -99,6 +98,7 @@ class _Report(Report):
     """The report of a comparison by prefix length."""
 
     caption = "tokens per second and cache size against prefix length"
+    size = (10, 3.8)
 
     def __init__(self, name: str, title: str, about: dict[str, Any], lengths: tuple[int, ...]) -> None:
         super().__init__(name, title, about)
@@ -109,43 +109,23 @@ class _Report(Report):
         """Rates, sizes and the paper's claims."""
         for (method, prefix), runs in self.found.items():
             assert [run["tokens"] for run in runs] == [run["tokens"] for run in self.found[SHARED, prefix]]
-            rate, error = mean_and_error([run["rate"] for run in runs])
-            self.record(method, f"tokens/s, prefix {prefix}", rate, error=error, repeats=len(runs))
+            self.mean(method, f"tokens/s, prefix {prefix}", [run["rate"] for run in runs])
             self.record(method, f"cache, prefix {prefix}", runs[0]["bytes"] / 2**20, unit="MiB", repeats=len(runs))
         for baseline in (DENSE, EXPANDED):
             prefix = max(length for method, length in self.found if method == baseline)
             pairs = zip(self.found[SHARED, prefix], self.found[baseline, prefix], strict=True)
-            gain, error = mean_and_error([own["rate"] / other["rate"] - 1 for own, other in pairs])
-            self.record(
-                SHARED,
-                f"tokens/s over those of the cache that is {baseline}, minus 1, prefix {prefix}",
-                gain,
-                error=error,
-                repeats=len(self.found[SHARED, prefix]),
-                claim="more tokens a second than baselines (up to 32 times as many)",
-                expected="higher",
-            )
+            words = f"tokens/s over those of the cache that is {baseline}, prefix {prefix}"
+            claim = "more tokens a second than baselines (up to 32 times as many)"
+            self.claim(SHARED, words, [own["rate"] / other["rate"] for own, other in pairs], claim, threshold=1.0)
         near, far = (1024, 8192) if 8192 in self.lengths else (self.lengths[0], self.lengths[-1])
         kept = [b["rate"] / a["rate"] for a, b in zip(self.found[SHARED, near], self.found[SHARED, far], strict=True)]
-        mean, error = mean_and_error(kept)
-        self.record(
-            SHARED,
-            f"share of the rate at {near} tokens that is left at {far}, minus 0.85",
-            mean - 0.85,
-            error=error,
-            repeats=len(kept),
-            claim="a long prefix costs less than 15% of the rate (from 1K to 16K)",
-            expected="higher",
+        words = f"share of the rate at {near} tokens that is left at {far}"
+        self.claim(
+            SHARED, words, kept, "a long prefix costs less than 15% of the rate (from 1K to 16K)", threshold=0.85
         )
 
-    def plot(self, path: Path) -> None:
+    def plot(self, figure: Any) -> None:
         """Tokens per second and MiB of keys and values against the prefix length."""
-        require_matplotlib()
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(10, 3.8), layout="constrained")
-        FigureCanvasAgg(figure)
         axes = figure.subplots(1, 2)
         for index, method in enumerate((SHARED, DENSE, EXPANDED)):
             known = [length for length in self.lengths if (method, length) in self.found]
@@ -161,4 +141,3 @@ class _Report(Report):
             axis.grid(alpha=0.25)
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
         figure.suptitle(self.title, fontsize=10)
-        save_figure(figure, path)

@@ -8,10 +8,9 @@ import copy
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,9 +21,9 @@ from stemma.data.python_text import reference_texts
 from stemma.errors import MissingExtraError
 from stemma.recipes._base_model import BaseModel, python_base, text_rows
 from stemma.recipes._report import Report
-from stemma.recipes._runs import Options, Runs, fingerprint, mean_and_error, paired
+from stemma.recipes._runs import Options, Runs, fingerprint
+from stemma.recipes._statistics import mean_and_error
 from stemma.train import sft
-from stemma.train.report import require_matplotlib, save_figure
 from stemma.train.seeds import stream, stream_seed
 from stemma.tune.ntk_attention import Config, attach, parameter_count
 
@@ -64,10 +63,9 @@ def run(options: Options) -> dict[str, Any]:
     setting = Setting()
     if options.quick:
         setting = Setting(lengths=(16, 64), repeats=3, steps=2, rates=(1e-3, 1e-2), evaluated=2)
-    seeds = options.seeds or (1 if options.quick else 3)
+    seeds = options.seeds or (1 if options.quick else 5)
     runs = Runs(options.folder / "runs" / "ntk-attention")
     _require_peft()
-    require_matplotlib()
     base = python_base(options)
     text = fingerprint({split: reference_texts(split) for split in ("train", "validation", "test")})
     about = {
@@ -79,7 +77,7 @@ def run(options: Options) -> dict[str, Any]:
     }
     report = _Report("ntk-attention", "NTK-Attention: a prefix of any length as two sums per head", about, setting)
     report.errors(seeds)
-    sizes = {"lengths": setting.lengths, "repeats": setting.repeats}
+    sizes = {"lengths": setting.lengths, "repeats": setting.repeats, "kept": "each time"}
     report.costs(runs("cost of a prefix", 0, sizes, lambda: {"costs": _costs(setting)})["costs"])
     for method in METHODS:
 
@@ -130,7 +128,7 @@ def _costs(setting: Setting) -> dict[str, Any]:
             for _ in range(20):
                 function()
             times.append((time.thread_time() - began) / 20 * 1e6)
-        return {"value": statistics.median(times), "unit": "us", "repeats": setting.repeats}
+        return {"value": statistics.median(times), "unit": "us", "repeats": setting.repeats, "times": times}
 
     found: dict[str, Any] = {}
     for length in setting.lengths:
@@ -249,6 +247,7 @@ class _Report(Report):
     """The report of error, cost and fine-tuning."""
 
     caption = "error, cost and fine-tuning"
+    size = (13, 4.6)
 
     def __init__(self, name: str, title: str, about: Mapping[str, Any], setting: Setting) -> None:
         super().__init__(name, title, about)
@@ -264,19 +263,18 @@ class _Report(Report):
             each = [[approximation_error(map_, length, seed) for seed in range(seeds)] for length in lengths]
             self.curves[name] = [mean_and_error(values)[0] for values in each]
             for length, values in zip(lengths, each, strict=True):
-                mean, error = mean_and_error([1e3 * value for value in values])
                 words = f"largest error of attention, prefix of {length}"
-                self.record(name, words, mean, error=error, unit="×10⁻³", repeats=seeds)
+                self.mean(name, words, [1e3 * value for value in values], unit="×10⁻³")
             if name.startswith("elu"):
                 gains = [math.log10(first / last) for first, last in zip(each[0], each[-1], strict=True)]
                 words = f"{name}: log10 of the error at {lengths[0]} over that at {lengths[-1]}"
-                self._claim(name, words, gains, "the error falls with the length of the prefix")
+                self.claim(name, words, gains, "the error falls with the length of the prefix")
 
     def costs(self, found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
         """Time, operations and bytes of an answer."""
         for name, metrics in found.items():
             for metric, value in metrics.items():
-                self.record(name, metric, **value)
+                self.record(name, metric, **{key: one for key, one in value.items() if key != "times"})
             self.times[name] = [value["value"] for metric, value in metrics.items() if metric.startswith("CPU time")]
         short, long = self.setting.lengths[0], self.setting.lengths[-1]
         self.record(
@@ -284,47 +282,33 @@ class _Report(Report):
             f"CPU time of an answer, {long} keys, over that of their stand-in",
             self.times["prefix"][-1] / self.times["stand-in"][-1],
         )
-        words = f"CPU time of an answer, {short} keys, over that for {long}, minus 0.8"
-        kept = self.times["stand-in"][0] / self.times["stand-in"][-1] - 0.8
-        self._claim("stand-in", words, [kept], "cost does not depend on the length of the prefix")
+        near, far = (found["stand-in"][f"CPU time of an answer, {length} keys"]["times"] for length in (short, long))
+        words = f"CPU time of an answer, {short} keys, over that for {long}"
+        kept = [a / b for a, b in zip(near, far, strict=True)]
+        self.claim("stand-in", words, kept, "cost does not depend on the length of the prefix", threshold=0.8)
+        held = [found[name][f"stored, {long} keys"]["value"] for name in ("prefix", "stand-in")]
+        words, claim = (
+            f"bytes of {long} keys and values over those of their stand-in",
+            "a long prefix takes less memory",
+        )
+        self.record("stand-in", words, held[0] / held[1], claim=claim, threshold=1.0, test="count")
 
     def tuned(self, before: float) -> None:
         """Bits per byte after fine-tuning, and the paper's comparisons."""
         self.record("no adapter", "bits per byte, test", before)
         for method, runs in self.found.items():
-            mean, error = mean_and_error([run["bits_per_byte"] for run in runs])
-            self.record(method, "bits per byte, test", mean, error=error, repeats=len(runs))
+            self.mean(method, "bits per byte, test", [run["bits_per_byte"] for run in runs])
             self.record(method, "parameters trained", runs[0]["parameters"])
             self.record(method, "learning rate", runs[0]["rate"])
         ours = [run["bits_per_byte"] for run in self.found[NTK]]
         for method in ("prefix tuning", "P-tuning v2", "LoRA"):
             theirs = [run["bits_per_byte"] for run in self.found[method]]
-            difference = paired(theirs, ours)
-            self.record(
-                NTK,
-                f"bits per byte saved, {method} − NTK-Attention",
-                difference.mean,
-                error=difference.error,
-                repeats=difference.pairs,
-                baseline=method,
-                baseline_value=mean_and_error(theirs)[0],
-                claim=f"superior or competitive to {method}",
-                expected="higher",
-                p_value=difference.p_value,
-            )
+            saved = [b - a for a, b in zip(ours, theirs, strict=True)]
+            words = f"bits per byte saved, {method} − NTK-Attention"
+            self.claim(NTK, words, saved, f"superior or competitive to {method}")
 
-    def _claim(self, method: str, words: str, values: Sequence[float], claim: str) -> None:
-        mean, error = mean_and_error(values)
-        self.record(method, words, mean, error=error, repeats=len(values), claim=claim, expected="higher")
-
-    def plot(self, path: Path) -> None:
+    def plot(self, figure: Any) -> None:
         """Error and CPU time against the length of the prefix, and bits per byte against steps."""
-        require_matplotlib()
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(13, 4.6), layout="constrained")
-        FigureCanvasAgg(figure)
         error, cost, tuning = figure.subplots(1, 3)
         for axis, lines in ((error, self.curves), (cost, self.times)):
             for name, values in lines.items():
@@ -341,4 +325,3 @@ class _Report(Report):
             axis.set(xlabel=x, ylabel=y)
             axis.grid(alpha=0.25)
             axis.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15))
-        save_figure(figure, path)

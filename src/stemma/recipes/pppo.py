@@ -18,7 +18,7 @@ import torch
 from stemma.data import diallock
 from stemma.recipes._dial_study import BasePolicy, Study, Task, plain_rows
 from stemma.recipes._report import Report
-from stemma.recipes._runs import Options, mean_and_error, paired
+from stemma.recipes._runs import Options
 from stemma.rl import pppo
 from stemma.rl.engine.hooks import sample
 from stemma.rl.grpo import Config as TrainerConfig
@@ -54,7 +54,7 @@ def run(options: Options) -> dict[str, Any]:
     report.about["learning rate"] = f"GRPO {study.trainer.learning_rate}, PPPO {_LEARNING_RATE}: the better of both"
     report.about["PPPO"] = f"{_OUTPUTS} outputs per prompt, {continuations} continuations of each"
     prompts = study.trainer.per_device_train_batch_size // _OUTPUTS
-    for seed in range(options.seeds or (1 if options.quick else 3)):
+    for seed in range(options.seeds or (1 if options.quick else 5)):
         report.add(study.run(grpo, seed, num_generations=group, per_device_train_batch_size=group * prompts))
         for method, config in (
             (PPPO, pppo.Config(num_continuations=continuations)),
@@ -92,9 +92,7 @@ def _failures(study: Study, report: Report) -> None:
     for name in get_args(diallock.Outcome):
         report.record("start", f"share of outputs: {name}", start[name])
         for method, outcomes in after.items():
-            known = [each[name] for each in outcomes]
-            mean, error = mean_and_error(known)
-            report.record(method, f"share of outputs: {name}", mean, error=error, repeats=len(known))
+            report.mean(method, f"share of outputs: {name}", [each[name] for each in outcomes])
 
 
 def _at_equal_optimised_tokens(report: Report, grpo: str) -> None:
@@ -103,41 +101,19 @@ def _at_equal_optimised_tokens(report: Report, grpo: str) -> None:
     for own, other in zip(report.runs[PPPO], report.runs[grpo], strict=True):
         curve, tokens = other["curve"], own["curve"][-1]["optimised"]
         then.append(np.interp(tokens, [p["optimised"] for p in curve], [p["pass@1"] for p in curve]).item())
-    difference = paired(report.finals(PPPO), then)
-    report.record(
-        PPPO,
-        f"pass@1, {PPPO} − {grpo}, where it has optimised as many tokens",
-        difference.mean,
-        error=difference.error,
-        repeats=difference.pairs,
-        baseline=grpo,
-        baseline_value=mean_and_error(then)[0],
-        claim="needs fewer optimised tokens",
-        expected="higher",
-        p_value=difference.p_value,
-    )
+    words = f"pass@1, {PPPO} − {grpo}, where it has optimised as many tokens"
+    report.claim(PPPO, words, report.finals(PPPO), "needs fewer optimised tokens", than=(grpo, then))
 
 
 def _above_the_start(report: Report) -> None:
     start = [run["curve"][0]["pass@1"] for run in report.runs[PPPO]]
-    difference = paired(report.finals(PPPO), start)
-    report.record(
-        PPPO,
-        "pass@1, end − start",
-        difference.mean,
-        error=difference.error,
-        repeats=difference.pairs,
-        baseline="start",
-        baseline_value=mean_and_error(start)[0],
-        claim="training on the beginnings alone improves the whole",
-        expected="higher",
-        p_value=difference.p_value,
-    )
+    claim = "training on the beginnings alone improves the whole"
+    report.claim(PPPO, "pass@1, end − start", report.finals(PPPO), claim, than=("start", start))
 
 
 def _lock_in(study: Study, report: Report) -> None:
     problems = 4 if study.options.quick else 48
-    settings = {"base": asdict(study.base), "task": asdict(study.task), "problems": problems}
+    settings = {"base": asdict(study.base), "task": asdict(study.task), "problems": problems, "of": "each problem"}
 
     def measure() -> dict[str, Any]:
         generate = partial(sample, study.model(), study.generator(), study.task.max_completion_length)
@@ -156,26 +132,12 @@ def _lock_in(study: Study, report: Report) -> None:
             if name != "correct" or each["fraction"] == _FRACTIONS[0]:
                 words = words.format(share)
                 report.record("start", words, each[name], error=error, repeats=each["num_problems"])
-        for higher, lower, claim in (
-            ("after_correct", "correct", "a good beginning raises the chance"),
-            ("correct", "after_wrong", "a bad beginning lowers it"),
-        ):
-            report.record(
-                "start",
-                f"the difference, {share}",
-                each[higher] - each[lower],
-                repeats=each["num_problems"],
-                baseline=lower,
-                baseline_value=each[lower],
-                error=math.hypot(*_errors(each, higher, lower)),
-                claim=claim,
-                expected="higher",
-            )
-
-
-def _errors(lock_in: dict[str, Any], *names: str) -> list[float]:
-    places = ("correct", "after_correct", "after_wrong")
-    return [lock_in["standard_errors"][places.index(name)] for name in names]
+        known = [chances for chances in each["of_problems"] if all(map(math.isfinite, chances))]
+        raised, lowered = [good - base for base, good, _ in known], [base - bad for base, _, bad in known]
+        words = f"P(correct), with the {share} of a correct output − without, problems"
+        report.claim("start", words, raised, "a good beginning raises the chance")
+        words = f"P(correct), without − with the {share} of a wrong output, problems"
+        report.claim("start", words, lowered, "a bad beginning lowers it")
 
 
 def _variance(study: Study, report: Report) -> None:

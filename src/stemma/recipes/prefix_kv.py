@@ -10,7 +10,6 @@ import time
 from collections.abc import Sequence
 from copy import deepcopy
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,11 +21,11 @@ from stemma.cache.compressed import attention_mass, priority, retained_mass
 from stemma.decode.compressed_cache import CompressedCache
 from stemma.recipes._base_model import BaseModel, python_base
 from stemma.recipes._report import Report
-from stemma.recipes._runs import Options, Runs, mean_and_error, paired
+from stemma.recipes._runs import Options, Runs
+from stemma.recipes._statistics import mean_and_error
 from stemma.scoring.enable import enable
 from stemma.serve.prefix_kv import Config, Profile, calibrate, drop, votes_of
 from stemma.serve.prefix_kv.budget import proportional, pyramid, total_tokens, waterline
-from stemma.train.report import require_matplotlib, save_figure
 from stemma.train.seeds import stream
 
 __all__ = ["run"]
@@ -73,7 +72,7 @@ def run(options: Options) -> dict[str, Any]:
         known = {"model": base.folder.name, "prompt": prompt, "behind": behind, "rows": rows, "methods": METHODS}
         report.quality.append(runs("quality", seed, known, partial(_quality, base, text, prompt, profile)))
     length, copies, new = (384, 2, 2) if quick else (3968, 16, 12)
-    for seed in range(1 if quick else 3):
+    for seed in range(1 if quick else 5):
         work = partial(_speed, base, length, copies, new, seed)
         setting = {"model": base.folder.name, "length": length, "copies": copies, "new": new}
         report.speed.append(runs("speed", seed, setting, work))
@@ -201,6 +200,7 @@ class _Report(Report):
     """The report of a comparison by share kept."""
 
     caption = "error of planted layers, loss behind a compressed prompt, time and bytes, against the share kept"
+    size = (15, 4.3)
 
     def __init__(self, name: str, title: str, about: dict[str, Any]) -> None:
         super().__init__(name, title, about)
@@ -223,24 +223,20 @@ class _Report(Report):
         for keep in KEPT:
             for place, words in enumerate(("worst relative error", "lowest retained mass")):
                 for name in planted:
-                    self._mean(name, f"{words}, kept {keep:.0%}", self._planted(name, keep, place))
+                    self.mean(name, f"{words}, kept {keep:.0%}", self._planted(name, keep, place))
         for metric, words in (("lost", "loss added, 10⁻³ nats"), ("divergence", "divergence, 10⁻³ nats")):
             for name in METHODS:
                 for keep, of_seeds in self._curve(name, metric).items():
-                    self._mean(name, f"{words}, kept {keep:.0%}", of_seeds)
+                    self.mean(name, f"{words}, kept {keep:.0%}", of_seeds)
         for name in self.speed[0]["found"]:
             column = "transformers' default" if name == "default" else f"kept {float(name):.0%}"
             times, held = zip(*(run["found"][name] for run in self.speed), strict=True)
             words = f"{copies} rows of {length} bytes"
-            self._mean(column, f"CPU time of a step, {words}", [1e3 * each for each in times], unit="ms")
-            self._mean(column, f"keys and values, {words}", [each / 2**20 for each in held], unit="MiB")
-        gains = [run["found"]["1.0"][0] / run["found"]["0.2"][0] - 1 for run in self.speed]
-        words = "steps per second with a fifth kept over those with everything, minus 1"
-        self._mean(OURS, words, gains, claim="faster with 20% kept (1.8 times)", expected="higher")
-
-    def _mean(self, method: str, metric: str, values: Sequence[float], **others: Any) -> None:
-        mean, error = mean_and_error(values)
-        self.record(method, metric, mean, error=error, repeats=len(values), **others)
+            self.mean(column, f"CPU time of a step, {words}", [1e3 * each for each in times], unit="ms")
+            self.mean(column, f"keys and values, {words}", [each / 2**20 for each in held], unit="MiB")
+        gains = [run["found"]["1.0"][0] / run["found"]["0.2"][0] for run in self.speed]
+        words = "steps per second with a fifth kept over those with everything"
+        self.claim(OURS, words, gains, "faster with 20% kept (1.8 times)", threshold=1.0)
 
     def _claim(
         self, method: str, values: dict[str, list[float]], words: str, pair: tuple[str, str], claim: str
@@ -249,19 +245,8 @@ class _Report(Report):
         own, other = pair
         if own in METHODS:
             assert self._curve(own, "bytes") == self._curve(other, "bytes")
-        difference = paired(values[other], values[own])
-        self.record(
-            method,
-            f"{words}, {other} − {own}",
-            difference.mean,
-            error=difference.error,
-            repeats=difference.pairs,
-            baseline=other,
-            baseline_value=mean_and_error(values[other])[0],
-            claim=claim,
-            expected="higher",
-            p_value=difference.p_value,
-        )
+        less = [b - a for a, b in zip(values[own], values[other], strict=True)]
+        self.claim(method, f"{words}, {other} − {own}", less, claim)
 
     def _planted(self, name: str, keep: float, place: int) -> list[float]:
         return [run["found"][name][str(keep)][place] for run in self.planted]
@@ -272,14 +257,8 @@ class _Report(Report):
         columns = zip(*(run["found"][method] for run in self.quality), strict=True)
         return {column[0]["kept"]: [scale * point[metric] for point in column] for column in columns}
 
-    def plot(self, path: Path) -> None:
+    def plot(self, figure: Any) -> None:
         """Four panels against the share kept."""
-        require_matplotlib()
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(15, 4.3), layout="constrained")
-        FigureCanvasAgg(figure)
         planted, loss, divergence, speed = figure.subplots(1, 4)
         for method in self.planted[0]["found"]:
             _errorbar(planted, KEPT, [self._planted(method, keep, 0) for keep in KEPT], method)
@@ -305,7 +284,6 @@ class _Report(Report):
         planted.legend(fontsize=7)
         speed.legend(fontsize=7)
         figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=9, fontsize=8)
-        save_figure(figure, path)
 
 
 def _errorbar(axis: Any, shares: Sequence[float], values: Sequence[Sequence[float]], label: str, **style: Any) -> None:

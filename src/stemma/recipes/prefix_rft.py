@@ -36,7 +36,7 @@ def run(options: Options) -> dict[str, Any]:
     report.about["demonstrations"] = "one shortest solution of each training problem"
     report.about["supervised steps"] = f"{_SFT_STEPS} of {_SFT_BATCH} demonstrations, learning rate {_SFT_RATE}"
     supervised = {"steps": _SFT_STEPS, "batch": _SFT_BATCH, "learning_rate": _SFT_RATE}
-    for seed in range(options.seeds or (1 if options.quick else 3)):
+    for seed in range(options.seeds or (1 if options.quick else 5)):
         episodes = _demonstrations(study, seed)
 
         def prepare(model: Any, episodes: list[diallock.Episode] = episodes, seed: int = seed) -> Mapping[str, Any]:

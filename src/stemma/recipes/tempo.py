@@ -25,7 +25,7 @@ from stemma.train.seeds import stream, stream_seed
 
 _MIN_DESCENDANTS = 4  # of the nodes whose value is compared with continuations
 _CONTINUATIONS = 64
-_CONTROLS = 4  # seeds with the control
+_CONTROLS = 5  # seeds with the control
 _NOISIER = ", noisier start"
 
 

@@ -268,6 +268,8 @@ class LockIn:
     """Of `correct`, `after_correct` and `after_wrong`, over problems; NaN for fewer than two."""
     num_problems: int
     """Problems with outputs of both kinds; with none of them every probability is NaN."""
+    of_problems: tuple[tuple[float, float, float], ...]
+    """The three chances of each such problem; NaN where none of its completions could be scored."""
 
 
 def beginning_lock_in(
@@ -324,7 +326,8 @@ def beginning_lock_in(
                 chance[row] = again[continued.group_id == row].nanmean()
         good, bad = ([chance[(group == g) & (outcome == kind)].nanmean().item() for g in mixed] for kind in (1.0, 0.0))
         (base, error), (high, high_error), (low, low_error) = map(_mean_and_error, (plain, good, bad))
-        found.append(LockIn(fraction, base, high, low, (error, high_error, low_error), len(mixed)))
+        of_problems = tuple(zip(plain, good, bad, strict=True))
+        found.append(LockIn(fraction, base, high, low, (error, high_error, low_error), len(mixed), of_problems))
     return found
 
 
