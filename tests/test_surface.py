@@ -70,9 +70,8 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         *("importance_sampling_clip_max", "importance_sampling_clip_min", "shared_prefix", "max_tokens"),
         *("compare_every", "bf16", "gradient_checkpointing", "seed"),
         # Not of GRPO:
-        *("model", "dataset", "output_dir", "resume", "method", "traces", "tempo", "prefix_rft", "prefix_rl"),
+        *("model", "dataset", "output_dir", "resume", "method", "traces"),
         *(
-            "pppo",
             "server",
             "stop_strings",
             "sft_steps",

@@ -212,9 +212,9 @@ def test_grpo_learns(tmp_path):
 
     def shuffled(batch):
         rewards = batch.reward[torch.randperm(len(batch.reward), generator=torch.Generator().manual_seed(0))]
-        return GroupCredit()(replace(batch, reward=rewards, continuations=None))
+        return GroupCredit()(replace(batch, reward=rewards, extras={}))
 
-    control = study.run("control", 0, settings={"rewards": "shuffled"}, hooks=lambda _, __: {"credit": shuffled})
+    control = study.run("control", 0, settings={"rewards": "shuffled"}, hooks=lambda _: {"credit": shuffled})
     assert control["curve"][-1]["pass@1"] < curve[0]["pass@1"] + 0.1
 
 
@@ -261,7 +261,7 @@ def test_prefixes_lead_out_of_the_stall(tmp_path):
         "PrefixRL",
         0,
         settings=asdict(config),
-        hooks=lambda model, trainer: prefix_rl.hooks(config, trainer, traces=traces, model=model),
+        hooks=lambda run: prefix_rl.hooks(config, replace(run, traces=traces)),
         **config.grpo_options,
     )
     start = study.outcomes(study.model(), 40)["right"]

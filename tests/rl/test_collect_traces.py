@@ -12,7 +12,8 @@ from stemma.data import diallock
 from stemma.data.traces import Trace, read_traces
 from stemma.decode.rollout import LocalGenerator
 from stemma.errors import InvalidDataError
-from stemma.rl.prefix_rl import build_prefixed_problems, collect_traces
+from stemma.rl.engine.collect import collect_traces
+from stemma.rl.prefix_rl import build_prefixed_problems
 
 Make = Callable[..., Any]
 EOS = diallock.EOS_ID

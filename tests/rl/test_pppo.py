@@ -73,15 +73,15 @@ def test_an_eta_outside_its_range_is_refused(eta: float) -> None:
 def test_continuations_begin_with_the_retained_tokens_of_their_output(generate: Any) -> None:
     rows = problems(2)
     batch = PrefixRetention(Config(eta_start=0.3, num_continuations=3))(generate, rows, 4, [1, 2], 0)
-    found = batch.continuations
+    found = batch.extras["continuations"]
     outputs = batch.completions()
-    assert batch.retained_len.tolist() == [max(1, math.floor(0.3 * len(ids) + 1e-9)) for ids in outputs]
+    assert batch.extras["retained_len"].tolist() == [max(1, math.floor(0.3 * len(ids) + 1e-9)) for ids in outputs]
     assert found.prompt_ids == [rows[i // 4]["prompt_ids"] for i in range(8)]
-    incomplete = [i for i in range(8) if int(batch.retained_len[i]) < len(outputs[i])]
+    incomplete = [i for i in range(8) if int(batch.extras["retained_len"][i]) < len(outputs[i])]
     assert found.group_id.tolist() == [i for i in incomplete for _ in range(3)]
     differing = 0
     for row, ids, forced in zip(found.group_id.tolist(), found.completions(), found.forced_len.tolist(), strict=True):
-        assert forced == int(batch.retained_len[row])
+        assert forced == int(batch.extras["retained_len"][row])
         assert ids[:forced] == outputs[row][:forced]
         assert forced < len(ids) <= 40
         differing += ids != outputs[row]
@@ -100,12 +100,9 @@ def test_a_continuation_depends_on_its_row_alone(generate: Any) -> None:
     rows, rollout = problems(3), PrefixRetention(Config(num_continuations=2))
     together = rollout(generate, rows, 3, [5, 6, 7], 0)
     alone = rollout(generate, rows[2:], 3, [7], 0)
-    own = [
-        ids
-        for row, ids in zip(together.continuations.group_id.tolist(), together.continuations.completions(), strict=True)
-        if row >= 6
-    ]
-    assert own == alone.continuations.completions()
+    found = together.extras["continuations"]
+    own = [ids for row, ids in zip(found.group_id.tolist(), found.completions(), strict=True) if row >= 6]
+    assert own == alone.extras["continuations"].completions()
     assert len({tuple(ids) for ids in own}) > 3  # not one sample over and over
 
 
@@ -130,12 +127,12 @@ def test_an_output_that_is_retained_whole_has_nothing_to_continue() -> None:
     script = Script([[EOS], [4, EOS], [4, 5, 6, EOS], [7]], 2)
     rows = [{"prompt_ids": [2]}, {"prompt_ids": [3]}]
     batch = PrefixRetention(Config(eta_start=0.5, eta_max=0.5, num_continuations=2))(script, rows, 2, [10, 11], 0)
-    assert batch.retained_len.tolist() == [1, 1, 2, 1]
-    assert batch.continuations.group_id.tolist() == [1, 1, 2, 2]
+    assert batch.extras["retained_len"].tolist() == [1, 1, 2, 1]
+    assert batch.extras["continuations"].group_id.tolist() == [1, 1, 2, 2]
     assert script.calls[1][0] == [[2], [3]]
     assert script.calls[1][2] == [[[4], [4]], [[4, 5], [4, 5]]]
     batch.reward = torch.tensor([0.5, 0.0, 1.0, 0.25], dtype=torch.float64)
-    batch.continuations.reward = torch.tensor([1.0, 0.0, 1.0, 1.0], dtype=torch.float64)
+    batch.extras["continuations"].reward = torch.tensor([1.0, 0.0, 1.0, 1.0], dtype=torch.float64)
     seen: list[Tensor] = []
     AccumulatedCredit(lambda b: seen.append(b.reward) or b.reward, 2)(batch)
     assert seen[0].tolist() == [1.5, 1.0, 3.0, 0.75]  # empty continuations count as the output's own
@@ -144,9 +141,9 @@ def test_an_output_that_is_retained_whole_has_nothing_to_continue() -> None:
 def test_without_continuations_nothing_more_is_sampled() -> None:
     script = Script([[4, 5, 6], [4, 5]], 2)
     batch = PrefixRetention(Config(num_continuations=0))(script, [{"prompt_ids": [2]}], 2, [1], 0)
-    assert (batch.continuations, len(script.calls)) == (None, 1)
+    assert (set(batch.extras), len(script.calls)) == ({"retained_len"}, 1)
     whole = fake_batch([3, 2])
-    assert continue_beginnings(script, whole, torch.tensor([3, 2]), 4, [1]) is None
+    assert len(continue_beginnings(script, whole, torch.tensor([3, 2]), 4, [1])) == 0
     assert len(script.calls) == 1
 
 
@@ -158,7 +155,7 @@ def test_problem_beginnings_and_continuations_are_a_tree_of_three_levels_and_the
     generate = partial(sample, make_model(), LocalGenerator(eos_token_id=None), 40)
     rollout = PrefixRetention(Config(eta_start=0.4, eta_max=0.4, num_continuations=3))
     batch = rollout(generate, [{"prompt_ids": prompt}], 2, [1], 0)
-    continuations = batch.continuations
+    continuations = batch.extras["continuations"]
     tree = continuations.tree()
     assert tree.depth == 3
     assert sorted(tree.node_length[tree.node_level < 2].tolist()) == [16, 16, 50]
@@ -207,12 +204,13 @@ def test_what_cannot_be_scored_leaves_rows_comparable() -> None:
 def test_the_credit_sees_accumulated_rewards_and_the_batch_keeps_its_own() -> None:
     batch = fake_batch([4, 4])
     batch.reward = torch.tensor([1.0, 0.0], dtype=torch.float64)
-    batch.continuations = fake_batch([4, 4, 4, 4], [1] * 4)
-    batch.continuations.reward = torch.tensor([0.0, 0.0, 1.0, 1.0], dtype=torch.float64)
+    others = fake_batch([4, 4, 4, 4], [1] * 4)
+    others.reward = torch.tensor([0.0, 0.0, 1.0, 1.0], dtype=torch.float64)
+    batch.extras["continuations"] = others
     credit = AccumulatedCredit(lambda b: b.reward - b.reward.mean(), 2)
     assert credit(batch).tolist() == [-0.5, 0.5]  # 1 + 0 + 0 against 0 + 1 + 1
     assert batch.reward.tolist() == [1.0, 0.0]
-    assert batch.continuations is not None
+    assert batch.further == [others]
     assert credit.metrics(batch) == {"pppo/reward_accumulated": 0.5}
 
 
@@ -231,7 +229,7 @@ def test_the_variance_of_the_mean_reward_falls_with_the_continuations() -> None:
 
 
 def test_the_mask_is_the_retained_beginning() -> None:
-    batch = fake_batch([5, 2, 1, 4], retained_len=torch.tensor([2, 1, 1, 3]))
+    batch = fake_batch([5, 2, 1, 4], extras={"retained_len": torch.tensor([2, 1, 1, 3])})
     expected = [[1, 1, 0, 0, 0], [1, 0, 0, 0, 0], [1, 0, 0, 0, 0], [1, 1, 1, 0, 0]]
     assert RetainedMask()(batch, 0).tolist() == [[bool(x) for x in row] for row in expected]
     assert torch.equal(RetainedMask("all").normaliser(batch), batch.completion_mask)
@@ -241,7 +239,7 @@ def test_the_mask_is_the_retained_beginning() -> None:
 def test_batches_that_are_not_of_this_method_are_refused() -> None:
     with pytest.raises(InvalidBatchError, match="PPPO's mask needs PPPO's rollout"):
         RetainedMask()(fake_batch([3, 2]), 0)
-    mixed = fake_batch([3, 2], [0, 1], retained_len=torch.tensor([1, 1]))
+    mixed = fake_batch([3, 2], [0, 1], extras={"retained_len": torch.tensor([1, 1])})
     with pytest.raises(InvalidBatchError, match="1 rows have a forced beginning"):
         RetainedMask()(mixed, 0)
 
@@ -297,7 +295,7 @@ def test_state_is_saved_and_restored() -> None:
         ({"eta_step": -0.1}, "eta_step must be at least 0"),
         ({"eta_patience": 0}, "eta_patience must be at least 1"),
         ({"num_continuations": -1}, "num_continuations must be at least 0"),
-        ({"normalizer": "some"}, "normalizer must be all or kept; got 'some'"),
+        ({"normalizer": "some"}, "normalizer must be one of all, kept; got 'some'"),
     ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:

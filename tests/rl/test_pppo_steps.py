@@ -28,7 +28,8 @@ def make(make_trainer: Make, make_model: Make) -> Make:
             defaults = {"num_generations": 4, "per_device_train_batch_size": 8, "max_completion_length": 24}
             options = {**defaults, **options}
             trainer = grpo.Config(**options)
-            made = hooks(config, trainer, model=model, processing_class=diallock.tokenizer(), credit=given)
+            run = grpo.Run(options=trainer, model=model, processing_class=diallock.tokenizer(), credit=given)
+            made = hooks(config, run)
             arguments = {**made, **arguments}
         return make_trainer(model, **{"max_completion_length": 24, **options}, **arguments)
 
@@ -48,7 +49,7 @@ def test_everything_retained_and_nothing_continued_is_grpo(make: Make, options: 
     whole = Config(eta_start=1.0, eta_max=1.0, num_continuations=0)
     one, two = make(whole, **options), make(**options)
     assert_equal_steps(one, two, tolerance=0.0)
-    assert one._batch.retained_len.equal(one._batch.completion_mask.sum(-1))
+    assert one._batch.extras["retained_len"].equal(one._batch.completion_mask.sum(-1))
 
 
 @pytest.mark.parametrize(
@@ -75,7 +76,7 @@ def test_rows_end_behind_their_last_retained_token_in_the_forward_and_no_number_
     for left, right in zip(short.model.parameters(), full.model.parameters(), strict=True):
         torch.testing.assert_close(left, right, rtol=1e-11, atol=1e-12)
     lengths = short._batch.completion_mask.sum(-1)
-    cut = int((lengths - short._batch.retained_len).sum())
+    cut = int((lengths - short._batch.extras["retained_len"]).sum())
     assert cut > 40
     assert two["tokens/without_sharing"] - one["tokens/without_sharing"] == cut
     assert two["tokens/forwarded"] - one["tokens/forwarded"] > 0.8 * cut
@@ -87,7 +88,7 @@ def test_the_switch_optimises_the_retained_tokens_only(make: Make) -> None:
     batch = trainer._batch
     lengths = batch.completion_mask.sum(-1)
     expected = (0.5 * lengths).floor().clamp(min=1).long()
-    assert torch.equal(batch.retained_len, expected)
+    assert torch.equal(batch.extras["retained_len"], expected)
     assert metrics["tokens/optimised"] == expected.sum() < lengths.sum()
     assert metrics["pppo/eta"] == 0.5
     assert metrics["pppo/retained_fraction"] == pytest.approx(expected.sum().item() / lengths.sum().item())
@@ -108,7 +109,7 @@ def test_the_normalizer_scales_the_gradient(make: Make, loss_type: str) -> None:
     batch = everything.pop("batch")
     kept.pop("batch")
     if loss_type == "dapo":
-        factor = batch.retained_len.sum() / batch.completion_mask.sum()
+        factor = batch.extras["retained_len"].sum() / batch.completion_mask.sum()
         for name, value in everything.items():
             torch.testing.assert_close(value, kept[name] * factor, rtol=1e-6, atol=1e-12)
     else:
@@ -128,7 +129,7 @@ def test_continuations_are_rewarded_as_answers_to_their_own_problem_and_never_tr
 
     def kept(*arguments: Any) -> Any:
         batch = rollout(*arguments)
-        continued.append(batch.continuations)
+        continued.append(batch.extras["continuations"])
         return batch
 
     trainer.experience.rollout = kept
@@ -139,11 +140,11 @@ def test_continuations_are_rewarded_as_answers_to_their_own_problem_and_never_tr
     assert more == continuations.completions()
     for prompt, row in zip(more_prompts, continuations.group_id.tolist(), strict=True):
         assert prompt == prompts[row] == batch.prompt_ids[row // 4]
-    assert batch.continuations is None
+    assert batch.further == []
     assert len(batch) == 8
     sampled = int(batch.sampled_mask.sum()) + int(continuations.sampled_mask.sum())
     assert metrics["tokens/sampled"] == sampled
-    assert metrics["tokens/optimised"] == int(batch.retained_len.sum())
+    assert metrics["tokens/optimised"] == int(batch.extras["retained_len"].sum())
     total = reference_accumulated_reward(batch.reward, continuations.reward, continuations.group_id, 3)
     assert metrics["pppo/reward_accumulated"] == pytest.approx(total.mean().item() / 4, abs=1e-12)
     deviation = total - total.view(2, 4).mean(1).repeat_interleave(4)

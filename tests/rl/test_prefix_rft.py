@@ -264,8 +264,8 @@ def test_reference_advantages_equal_loops(rows: list[tuple[float, int]], scale: 
         ({"prefix_ratio_high": 0.5}, r"prefix_ratio_low_start must be in \[0, prefix_ratio_high=0.5\]; got 0.95"),
         ({"prefix_ratio_low_end": -0.1}, "prefix_ratio_low_end must be in"),
         ({"entropy_quantile": 1.5}, "entropy_quantile must be in"),
-        ({"entropy_scope": "micro_batch"}, "entropy_scope must be batch or row; got 'micro_batch'"),
-        ({"prefix_advantage": "raw"}, "prefix_advantage must be group or reference; got 'raw'"),
+        ({"entropy_scope": "micro_batch"}, "entropy_scope must be one of batch, row; got 'micro_batch'"),
+        ({"prefix_advantage": "raw"}, "prefix_advantage must be one of group, reference; got 'raw'"),
     ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:

@@ -36,8 +36,10 @@ def make(make_trainer: Make, make_model: Make) -> Make:
             defaults = {"num_generations": 4, "per_device_train_batch_size": 8}
             trainer_config = grpo.Config(**{**defaults, **options})
             given = arguments.pop("credit", None)
-            made = hooks(config, trainer_config, model=model, processing_class=diallock.tokenizer(), credit=given)
-            arguments = {**made, **arguments}
+            tokenizer = diallock.tokenizer()
+            run = grpo.Run(options=trainer_config, model=model, processing_class=tokenizer, credit=given)
+            made = hooks(config, run)
+            arguments = {**({} if given is None else {"credit": given}), **made, **arguments}
         return make_trainer(model, **options, **arguments)
 
     return build

@@ -16,7 +16,7 @@ from rl.scripted import Scripted
 from stemma.data import diallock
 from stemma.data.traces import Trace
 from stemma.errors import InvalidDataError
-from stemma.rl.grpo import RolloutBatch, Trainer
+from stemma.rl.grpo import RolloutBatch, Run, Trainer
 from stemma.rl.prefix_rl import Config, build_prefixed_problems, hooks, rewards_by_kind
 
 Make = Callable[..., Any]
@@ -228,38 +228,40 @@ def test_prefixes_of_length_zero_are_plain_grpo(make_trainer: Make) -> None:
     assert all(torch.equal(value, runs[1][name]) for name, value in runs[0].items())
 
 
+def run_of(trainer: Trainer, traces: list[Trace]) -> Run:
+    return Run(options=trainer.config, model=trainer.model, processing_class=None, traces=traces)
+
+
 def test_the_mixture_is_three_to_one_and_the_same_after_a_resume(make_trainer: Make) -> None:
     trainer = make_trainer(seed=7)
-    made = [hooks(Config(), trainer.config, traces=oracle_traces(8), model=trainer.model)["prompts"] for _ in range(2)]
+    made = [hooks(Config(), run_of(trainer, oracle_traces(8)))["prompts"] for _ in range(2)]
     epoch = [row for generation in range(4) for row in made[0](generation, 8)]
     assert [made[1](generation, 8) for generation in (2, 3)] == [epoch[16:24], epoch[24:32]]
     assert sum("prefix_ids" in row for row in epoch) == 24
     assert len({tuple(row["prompt_ids"]) for row in epoch if "prefix_ids" not in row}) == 8
     assert sum("prefix_ids" in row for row in epoch[:16]) < 16  # mixed, not one kind after the other
     # Another seed means other cuts, and another order: plain rows have no cut to differ in.
-    other = hooks(Config(), make_trainer(seed=8).config, traces=oracle_traces(8), model=trainer.model)["prompts"]
+    other = hooks(Config(), run_of(make_trainer(seed=8), oracle_traces(8)))["prompts"]
     plain = [[row["prompt_ids"] for row in rows if "prefix_ids" not in row] for rows in (epoch, other(0, 32))]
     assert sorted(plain[0]) == sorted(plain[1])
     assert plain[0] != plain[1]
-    only = hooks(Config(include_unprefixed=False), trainer.config, traces=oracle_traces(8), model=trainer.model)
+    only = hooks(Config(include_unprefixed=False), run_of(trainer, oracle_traces(8)))
     assert all("prefix_ids" in row for row in only["prompts"](0, 48))
 
 
 def test_settings_reach_the_problems(make_trainer: Make) -> None:
     trainer = make_trainer(max_completion_length=4)
     config = Config(cuts_per_problem=2, prefix_ratio_min=0.5, prefix_ratio_max=0.5)
-    source = hooks(config, trainer.config, traces=oracle_traces(1), model=trainer.model)["prompts"]
+    source = hooks(config, run_of(trainer, oracle_traces(1)))["prompts"]
     assert sorted(row["prefix_fraction"] for row in source(0, 3)) == [0.0, 0.5, 0.5]
     with pytest.raises(InvalidDataError, match="trace 1 holds token id 21, outside the model's vocabulary of 21"):
-        hooks(config, trainer.config, traces=[Trace([2], [21, EOS], verified=True)], model=trainer.model)
+        hooks(config, run_of(trainer, [Trace([2], [21, EOS], verified=True)]))
     positions = trainer.model.config.max_position_embeddings
     long = [Trace([2], [3] * 2 * positions + [EOS, EOS, EOS, EOS], verified=True)]
     with pytest.raises(InvalidDataError, match=f"more than {positions - 4}"):
-        hooks(config, trainer.config, traces=long, model=trainer.model)
+        hooks(config, run_of(trainer, long))
     skip = dataclasses.replace(config, too_long="skip")
-    assert hooks(skip, trainer.config, traces=long, model=trainer.model)["prompts"](0, 1) == [
-        {"prompt_ids": [2], "prefix_fraction": 0.0}
-    ]
+    assert hooks(skip, run_of(trainer, long))["prompts"](0, 1) == [{"prompt_ids": [2], "prefix_fraction": 0.0}]
 
 
 def solve(traces: list[Trace]) -> Callable[[list[int], int], list[int]]:

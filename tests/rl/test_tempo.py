@@ -17,6 +17,7 @@ from stemma.errors import InvalidBatchError
 from stemma.rl import tempo
 from stemma.rl.engine.advantages import GroupCredit, group_relative, leave_one_out
 from stemma.rl.engine.batch import RolloutBatch
+from stemma.rl.engine.hooks import Run
 from stemma.rl.engine.options import Config as TrainerConfig
 from stemma.rl.tempo import TreeCredit, ValueTree, reference_states, tree_td_advantages
 
@@ -255,7 +256,7 @@ def test_what_cannot_be_credited_is_refused() -> None:
 
 def test_the_credit_follows_the_options() -> None:
     options = TrainerConfig(credit="rloo", scale_rewards="none")
-    hooks = tempo.hooks(tempo.Config(tree_td_coef=0.3), options)
+    hooks = tempo.hooks(tempo.Config(tree_td_coef=0.3), Run(options=options, model=None, processing_class=None))
     assert hooks == {"credit": TreeCredit(estimator="rloo", scale_rewards="none", coefficient=0.3)}
 
 

@@ -13,6 +13,7 @@ import yaml
 from generation_server import GenerationServer
 from stemma.cli import _flags, train
 from stemma.cli._train_jobs import diallock_job
+from stemma.cli._train_options import grpo_options, resolve
 from stemma.cli.main import main
 from stemma.data import diallock
 from stemma.train.tracking import read_rows
@@ -137,11 +138,14 @@ def test_the_settings_are_shown_at_the_start(tmp_path: Path, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (["--pppo.eta-start", "0.2"], "--pppo.eta-start does nothing without --method pppo"),
-        (["--tempo.tree-td-coef", "2"], "--tempo.tree-td-coef does nothing without --credit tempo"),
-        (["--method", "pppo", "--prefix-rl.cuts-per-problem", "2"], "does nothing without --method prefix-rl"),
-        (["--method", "prefix-rl"], "--method prefix-rl and --traces belong together"),
-        (["--traces", "x.jsonl"], "--method prefix-rl and --traces belong together"),
+        (["--pppo.eta-start", "0.2"], "--pppo.eta-start needs --method pppo"),
+        (["--tempo.tree-td-coef", "2"], "--tempo.tree-td-coef needs --method tempo or --credit tempo"),
+        (
+            ["--method", "pppo", "--prefix-rl.cuts-per-problem", "2"],
+            "cuts-per-problem needs --method prefix-rl",
+        ),
+        (["--method", "prefix-rl"], "--method prefix-rl needs --traces"),
+        (["--traces", "x.jsonl"], "--traces does nothing with --method grpo"),
         (["--method", "pppo", "--eval-prompts", "0"], "give --eval-steps and --eval-prompts above 0"),
         (["--method", "pppo", "--eval-steps", "0"], "give --eval-steps and --eval-prompts above 0"),
         (["--method", "ppo"], "ppo"),
@@ -168,6 +172,8 @@ def test_wrong_choices_are_refused_before_any_work(
             ["--method", "prefix-rft", "--credit", "tempo", "--prefix-rft.prefix-advantage", "reference"],
             "is a credit of its own",
         ),
+        (["--credit", "prefix-rft"], "--credit prefix-rft is more than a credit, it gives loss_mask, rollout"),
+        (["--method", "tempo", "--credit", "tempo"], "--method tempo and --credit tempo both give a credit"),
     ],
 )
 def test_what_only_the_methods_know_is_refused_before_the_first_step(
@@ -183,7 +189,7 @@ def test_prefix_rl_takes_its_own_default_unless_told_otherwise(traces: Path) -> 
     flags = ["--method", "prefix-rl", "--traces", str(traces)]
     for more, expected in (([], "none"), (["--scale-rewards", "group"], "group")):
         config, _ = _flags.parse("train", train, [*flags, *more])
-        assert train.grpo_options(train.resolve(config)).scale_rewards == expected
+        assert grpo_options(resolve(config)).scale_rewards == expected
 
 
 # ---------------------------------------------------------------------------------------------- where samples come from

@@ -2,8 +2,9 @@
 
 The fields of a `Config` are its flags and the strings under them their help. Fields that it inherits form a group of
 their own on the help page, and a field that is itself a dataclass is a group whose flags begin with the field's name:
-`--pppo.num-continuations 4`. In a YAML file the same option is `num_continuations: 4` below `pppo:`. Flags come after
-the file and overrule it.
+`--server.url URL`. In a YAML file the same option is `url: URL` below `server:`. Flags come after the file and overrule
+it. A command whose options depend on each other offers `config_class(given)` beside its `Config`: the class to use for
+the options that were given.
 """
 
 import ast
@@ -39,9 +40,15 @@ def parse(name: str, module: Any, arguments: Sequence[str]) -> tuple[Any, bool]:
     if {"-h", "--help"} & set(arguments):
         print(_wrapped(module.__doc__ or ""), end="\n\n")
     files, flags = _split(arguments)
-    for path in reversed(files):
-        flags = [*_file_arguments(name, path, module.Config), *flags]
-    form = _form(module.Config, pairs=bool(files), common=True)
+    contents = {path: _read_yaml(name, path) for path in files}
+    try:
+        config_class = _config_class(module, [*contents.values(), _given(flags)])
+        for path in reversed(files):
+            flags = [*_flags_of(contents[path], config_class, path), *flags]
+    except ValueError as error:
+        _refuse(name, str(error))
+    own = (module.Config, config_class)
+    form = _form(config_class, own, pairs=bool(files), common=True)
     try:
         parsed: Any = tyro.cli(form, prog=f"stemma {name}", description="", args=flags)
     except SystemExit as stop:
@@ -49,9 +56,31 @@ def parse(name: str, module: Any, arguments: Sequence[str]) -> tuple[Any, bool]:
             print(f"Some of the options come from {', '.join(files)}.", file=sys.stderr)
         raise
     try:
-        return _filled(module.Config, parsed), parsed.json
+        return _filled(config_class, own, parsed), parsed.json
     except ValueError as error:
         _refuse(name, str(error))
+
+
+def _config_class(module: Any, given: Sequence[Mapping[Any, Any]]) -> type:
+    """The command's Config, or the one that fits the options in these mappings, later ones overruling earlier ones."""
+    if not hasattr(module, "config_class"):
+        return module.Config
+    options: dict[str, Any] = {}
+    for values in given:
+        for name, value in values.items():
+            inner = value if isinstance(value, dict) else {}
+            options |= {f"{name}.{option}": item for option, item in inner.items()} or {str(name): value}
+    return module.config_class(options)
+
+
+def _given(flags: Sequence[str]) -> dict[str, str]:
+    """The values behind the flags, by the names of their options."""
+    found = {}
+    for word, following in zip(flags, [*flags[1:], ""]):
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            found[name.replace("-", "_")] = value if equals else following
+    return found
 
 
 def flat(config: Any) -> dict[str, Any]:
@@ -86,27 +115,29 @@ def _plain(value: Any) -> Any:
 # ---------------------------------------------------------------------------------------------- what tyro parses
 
 
-def _form(config_class: type, *, pairs: bool, common: bool = False) -> type:
-    """A plain dataclass with the flags of `config_class`, grouped; it checks nothing but types."""
+def _form(config_class: type, own: Sequence[type], *, pairs: bool, common: bool = False) -> type:
+    """A plain dataclass with the flags of `config_class`, those of other classes than `own` grouped; it checks nothing
+    but types."""
     import tyro
 
     hints, helps = get_type_hints(config_class, include_extras=True), _helps(config_class)
-    groups: dict[type, list[Any]] = {config_class: []}
+    flags: list[Any] = []
+    groups: dict[type, list[Any]] = {}
     for field in dataclasses.fields(config_class):
-        owner = [each for each in config_class.__mro__ if field.name in inspect.get_annotations(each)][-1]
-        groups.setdefault(owner, [])
+        owner = _owner(config_class, field.name)
+        target = flags if owner in own else groups.setdefault(owner, [])
         hint = hints[field.name]
-        if dataclasses.is_dataclass(hint):
-            nested = _form(hint, pairs=pairs)  # type: ignore[arg-type]
-            hint = Annotated[nested, tyro.conf.arg(help=helps.get(field.name, ""))]
-            groups[owner].append((field.name, hint, dataclasses.field(default_factory=nested)))
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            nested = _form(hint, [hint], pairs=pairs)
+            text = helps.get(field.name) or (hint.__doc__ or "").partition("\n")[0]
+            hint = Annotated[nested, tyro.conf.arg(help=text)]
+            target.append((field.name, hint, dataclasses.field(default_factory=nested)))
         else:
             hint = _annotated(field.name, hint, field.default, helps.get(field.name, ""), pairs)
             copied = dataclasses.field(default=field.default)  # a factory's default, if any, goes in its place
             if field.default_factory is not dataclasses.MISSING:
                 copied = dataclasses.field(default_factory=field.default_factory)
-            groups[owner].append((field.name, hint, copied))
-    flags = groups.pop(config_class)
+            target.append((field.name, hint, copied))
     for name, (kind, default, text) in _COMMON.items() if common else ():
         flags.append((name, _annotated(name, kind, default, text, False), dataclasses.field(default=default)))
     for owner, inherited in groups.items():
@@ -117,15 +148,20 @@ def _form(config_class: type, *, pairs: bool, common: bool = False) -> type:
     return dataclasses.make_dataclass("Config", flags, frozen=True, kw_only=True)
 
 
-def _filled(config_class: type, parsed: Any) -> Any:
+def _filled(config_class: type, own: Sequence[type], parsed: Any) -> Any:
     """`config_class` with the values of its form."""
     hints, values = get_type_hints(config_class), {}
     for field in dataclasses.fields(config_class):
-        owner = [each for each in config_class.__mro__ if field.name in inspect.get_annotations(each)][-1]
-        holder = parsed if owner is config_class else getattr(parsed, _group_name(owner))
-        value = getattr(holder, field.name)
-        values[field.name] = _filled(hints[field.name], value) if dataclasses.is_dataclass(value) else value
+        owner = _owner(config_class, field.name)
+        value = getattr(parsed if owner in own else getattr(parsed, _group_name(owner)), field.name)
+        hint = hints[field.name]
+        values[field.name] = _filled(hint, [hint], value) if dataclasses.is_dataclass(value) else value
     return config_class(**values)
+
+
+def _owner(config_class: type, name: str) -> type:
+    """The class that a field was first declared in."""
+    return [each for each in config_class.__mro__ if name in inspect.get_annotations(each)][-1]
 
 
 def _group_name(owner: type) -> str:
@@ -137,7 +173,10 @@ def _helps(config_class: type) -> dict[str, str]:
     """The string under each field, also of inherited fields."""
     found = {}
     for owner in reversed([each for each in config_class.__mro__ if dataclasses.is_dataclass(each)]):
-        (body,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
+        try:
+            (body,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
+        except OSError:  # no source: made while running, from fields of other classes
+            continue
         assert isinstance(body, ast.ClassDef)
         for statement, after in zip(body.body, body.body[1:]):
             if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
@@ -199,8 +238,8 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return files, rest
 
 
-def _file_arguments(name: str, path: str, config_class: type) -> list[str]:
-    """The options of a YAML file as flags."""
+def _read_yaml(name: str, path: str) -> dict[Any, Any]:
+    """The options of a YAML file."""
     import yaml
 
     try:
@@ -212,10 +251,7 @@ def _file_arguments(name: str, path: str, config_class: type) -> list[str]:
         _refuse(name, f"{path} is not YAML: {' '.join(str(error).split())}")
     if not isinstance(values, dict) or not values:
         _refuse(name, f"{path} holds no options; expected lines such as 'max_steps: 100', got {values!r}")
-    try:
-        return list(_flags_of(values, config_class, path))
-    except ValueError as error:
-        _refuse(name, str(error))
+    return values
 
 
 def _flags_of(values: Mapping[Any, Any], config_class: type, path: str, group: str = "") -> Iterator[str]:

@@ -5,21 +5,24 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any, get_args
 
 import torch
 from transformers.utils import logging
 
 from stemma.cli._flags import flat
 from stemma.cli._train_jobs import Job, checkpoint_job, diallock_job
-from stemma.cli.train import grpo_options
+from stemma.cli._train_options import Config, chosen, grpo_options, method_module, needs
 from stemma.data.traces import read_traces
 from stemma.decode.rollout import Generator, LocalGenerator
 from stemma.decode.server import ServerGenerator
 from stemma.errors import MissingExtraError, StemmaError
 from stemma.models.adapter import base_model
 from stemma.models.limits import check_prompts
-from stemma.rl import grpo, pppo, prefix_rft, prefix_rl, tempo
+from stemma.rl import grpo
+from stemma.rl.engine.hooks import Run
+from stemma.rl.engine.options import CreditName
 from stemma.train import checkpoint, sft
 from stemma.train.fit import run_steps
 from stemma.train.report import write_report
@@ -27,13 +30,10 @@ from stemma.train.seeds import rng_state, seed_everything, set_rng_state, stream
 from stemma.train.sharding import full_model_state_dict
 from stemma.train.tracking import Tracker, start_trackers
 
-if TYPE_CHECKING:
-    from stemma.cli.train import Config
-
-__all__ = ["Run"]
+__all__ = ["Training"]
 
 
-class Run:
+class Training:
     """A run in `config.output_dir`, whose settings are complete.
 
     Args:
@@ -42,7 +42,7 @@ class Run:
         resume: start from the folder's last checkpoint, where there is one.
     """
 
-    def __init__(self, config: "Config", accelerator: Any, *, resume: bool) -> None:
+    def __init__(self, config: Config, accelerator: Any, *, resume: bool) -> None:
         self.config, self.accelerator, self.folder = config, accelerator, config.output_dir
         logging.disable_progress_bar()  # of loading and saving weights; the steps have their own
         seed_everything(config.seed)
@@ -176,30 +176,23 @@ class Run:
         """The arguments of the trainer that the task, the method and the credit decide.
 
         Raises:
+            ValueError: a method and a credit that do not go together, or options that the method refuses.
             InvalidDataError: traces or demonstrations that cannot be used.
         """
-        config, options, tokenizer = self.config, grpo_options(self.config), self.job.processing_class
-        found: dict[str, Any] = {"prompts": self.job.prompts, "reward_funcs": self.job.reward}
-        found["generator"] = self._generator()
-        if config.credit == "tempo":
-            found |= tempo.hooks(config.tempo, options, accelerator=self.accelerator)
-        common = {"model": self.model, "processing_class": tokenizer, "accelerator": self.accelerator}
-        common["credit"] = found.get("credit")
-        if config.method == "prefix-rft":
-            found |= prefix_rft.hooks(config.prefix_rft, options, **common)
-            found["rollout"].check(
-                self.job.rows or self.job.prompts(0, 256)
-            )  # all of them, or of an endless source some
-        elif config.method == "pppo":
-            found |= pppo.hooks(config.pppo, options, **common)
-        elif config.method == "prefix-rl":
-            assert config.traces is not None
-            traces = read_traces(config.traces, tokenizer=tokenizer)
-            found |= prefix_rl.hooks(
-                config.prefix_rl, options, traces=traces, model=self.model, is_boundary=self.job.is_boundary
-            )
-            found["reward_funcs"] = prefix_rl.rewards_by_kind(self.job.reward)
-        return found
+        config, job = self.config, self.job
+        traces = read_traces(config.traces, tokenizer=job.processing_class) if config.traces else ()
+        run = Run(
+            options=grpo_options(config),
+            model=self.model,
+            processing_class=job.processing_class,
+            accelerator=self.accelerator,
+            reward=job.reward,
+            rows=job.rows or job.prompts(0, 256),
+            traces=traces,
+            is_boundary=job.is_boundary,
+        )
+        found = {"prompts": job.prompts, "reward_funcs": job.reward, "generator": self._generator()}
+        return found | _method_hooks(config, run)
 
     def _check(self) -> None:
         """Refuse before the supervised steps what GRPO would refuse after them.
@@ -299,19 +292,43 @@ class Run:
         }
 
 
-def _make_job(config: "Config") -> Job:
+def _method_hooks(config: Config, run: Run) -> dict[str, Any]:
+    """What the chosen credit and method give to the trainer; see `stemma.rl.engine.hooks`.
+
+    Raises:
+        ValueError: --credit names a method that gives more than a credit, or both give one.
+    """
+    options, found = chosen(config), {}
+    if config.credit not in get_args(CreditName):
+        found = method_module(config.credit).hooks(options[config.credit], run)
+        if set(found) != {"credit"}:
+            raise ValueError(
+                f"--credit {config.credit} is more than a credit, it gives {', '.join(sorted(found))}: choose it with "
+                f"--method {config.credit}"
+            )
+        run = replace(run, credit=found["credit"])
+    if config.method == "grpo":
+        return found
+    own = method_module(config.method).hooks(options[config.method], run)
+    built_on = (own.get("credit"), getattr(own.get("credit"), "credit", None))
+    if "credit" in own and run.credit is not None and not any(each is run.credit for each in built_on):
+        raise ValueError(f"--method {config.method} and --credit {config.credit} both give a credit; choose one")
+    return {**found, **own}
+
+
+def _make_job(config: Config) -> Job:
     common: dict[str, Any] = {
         "shots": config.shots or 0,
         "eval_prompts": config.eval_prompts,
         "seed": config.seed,
-        "demonstrations": config.method == "prefix-rft",
+        "demonstrations": "demonstrations" in needs(config),
     }
     if config.model is None or config.dataset is None:
         return diallock_job(sft_steps=config.sft_steps or 0, **common)
     return checkpoint_job(config.model, config.dataset, **common)
 
 
-def _with_adapter(model: Any, config: "Config") -> Any:
+def _with_adapter(model: Any, config: Config) -> Any:
     if not config.use_peft:
         return model
     try:

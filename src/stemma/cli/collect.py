@@ -91,9 +91,10 @@ def main(config: Config) -> dict[str, Any]:
 def _collect(config: Config, accelerator: Any) -> dict[str, Any]:
     from transformers.utils import logging
 
-    from stemma.cli import train
+    from stemma.cli._train_options import Config as TrainConfig
+    from stemma.cli._train_options import resolve
     from stemma.data.traces import TraceFile, totals
-    from stemma.rl.prefix_rl import collect_traces
+    from stemma.rl.engine.collect import collect_traces
     from stemma.train.checkpoint import StopSignal
 
     new = not config.output.exists()
@@ -106,7 +107,7 @@ def _collect(config: Config, accelerator: Any) -> dict[str, Any]:
         config.output.unlink()  # until there is something to write
     logging.disable_progress_bar()
     names = ("model", "dataset", "shots", "max_completion_length", "sft_steps", "eval_prompts", "seed")
-    settings = train.resolve(train.Config(**{name: getattr(config, name) for name in names}))
+    settings = resolve(TrainConfig(**{name: getattr(config, name) for name in names}))
     job = _make_job(settings)
     problems = _problems(job, config.limit)
     with StopSignal() as stop, _Progress(len(problems), done) as progress:

@@ -14,14 +14,13 @@ from random import Random
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
 from transformers.utils import logging
 
 from stemma.data import diallock
 from stemma.decode.rollout import Generator, LocalGenerator
 from stemma.models.tiny import tiny_model
 from stemma.recipes._runs import Options, Runs, fingerprint, kept_folder
-from stemma.rl.engine.hooks import Row, ShuffledRows, sample
+from stemma.rl.engine.hooks import Row, Run, ShuffledRows, sample
 from stemma.rl.grpo import Config, Trainer
 from stemma.train import sft
 from stemma.train.checkpoint import load_weights
@@ -29,8 +28,8 @@ from stemma.train.seeds import stream_seed
 
 __all__ = ["QUICK_BASE", "BasePolicy", "Study", "Task", "hard_study", "plain_rows"]
 
-Hooks = Callable[[nn.Module, Config], Mapping[str, Any]]
-"""``hooks(model, config)``: what a method plugs into the trainer."""
+Hooks = Callable[[Run], Mapping[str, Any]]
+"""``hooks(run)``: what a method plugs into the trainer."""
 
 _COMPARE_EVERY = 20  # optimiser steps between two comparisons of the shared with the plain forward
 
@@ -272,9 +271,10 @@ class Study:
             kept = dict(prepare(model)) if prepare is not None else {}
             training = rows() if rows is not None else plain_rows(self.task.training(seed))
             arguments: dict[str, Any] = {"prompts": ShuffledRows(training, seed=stream_seed(seed, "prompts"))}
-            arguments |= hooks(model, config) if hooks is not None else {}
+            run = Run(options=config, model=model, processing_class=diallock.tokenizer())
+            arguments |= hooks(run) if hooks is not None else {}
             trainer = Trainer(
-                model, config, reward_funcs=self.task.reward, processing_class=diallock.tokenizer(), **arguments
+                model, config, reward_funcs=self.task.reward, processing_class=run.processing_class, **arguments
             )
             validation = plain_rows(self.task.validation(32)) if validate else []
             return kept | self._train(f"{self.name}: {method}, seed {seed}", trainer, tokens_before, budget, validation)

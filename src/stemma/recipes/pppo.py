@@ -77,7 +77,7 @@ def _pppo(study: Study, method: str, seed: int, config: pppo.Config) -> dict[str
         method,
         seed,
         settings=asdict(config),
-        hooks=lambda model, trainer: pppo.hooks(config, trainer, model=model, processing_class=diallock.tokenizer()),
+        hooks=lambda run: pppo.hooks(config, run),
         validate=True,
         learning_rate=_LEARNING_RATE,
     )

@@ -95,8 +95,6 @@ def _prefix_rft(
         seed,
         settings={"options": asdict(config)},
         rows=lambda: rows,
-        hooks=lambda model, trainer: prefix_rft.hooks(
-            config, trainer, model=model, processing_class=diallock.tokenizer()
-        ),
+        hooks=lambda run: prefix_rft.hooks(config, run),
         max_steps=_TOTAL_STEPS,
     )

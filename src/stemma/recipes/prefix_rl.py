@@ -19,6 +19,7 @@ from stemma.recipes._report import Report
 from stemma.recipes._runs import Options, fingerprint
 from stemma.recipes._statistics import binomial, mean_and_error
 from stemma.rl import prefix_rl
+from stemma.rl.engine.collect import collect_traces
 from stemma.train.seeds import stream_seed
 
 ONLY, MIXED = "PrefixRL, prefixed only", "PrefixRL, 3 prefixed : 1 plain"
@@ -82,9 +83,9 @@ def _run(
         seed,
         budget=budget,
         settings={"options": asdict(config), "source": asdict(source)},
-        hooks=lambda model, trainer: prefix_rl.hooks(config, trainer, traces=traces, model=model),
+        hooks=lambda run: prefix_rl.hooks(config, replace(run, traces=traces)),
         tokens_before=int(totals(traces)["tokens"]),
-        **config.grpo_options,
+        **config.defaults,
     )
 
 
@@ -99,7 +100,7 @@ def _traces(study: Study, source: BasePolicy, seed: int) -> list[Trace]:
         episodes = [diallock.oracle_episode(problem, Random(seed)) for problem in study.task.training(seed)]
         return [Trace(prompt_ids=e.prompt_ids, trace_ids=e.completion_ids, verified=True) for e in episodes]
     study.runs.say(f"{study.name}: traces of {len(rows)} problems, seed {seed}")
-    return prefix_rl.collect_traces(
+    return collect_traces(
         source.load(study.options.cache_dir, study.runs.say),
         rows,
         study.task.reward,

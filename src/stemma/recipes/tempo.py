@@ -82,14 +82,14 @@ def _runs(study: Study, seed: int) -> Iterator[dict[str, Any]]:
     """The runs of one start and seed."""
     yield study.run("GRPO", seed)
     settings: dict[str, Any] = {"tree_td_coef": 1.0}
-    yield study.run("TEMPO", seed, settings=settings, hooks=lambda _, __: {"credit": TreeCredit()})
+    yield study.run("TEMPO", seed, settings=settings, hooks=lambda _: {"credit": TreeCredit()})
     if seed < _CONTROLS:
         settings = {**settings, "shuffled": True}
         yield study.run(
             "shuffled differences",
             seed,
             settings=settings,
-            hooks=lambda _, config: {"credit": ShuffledTreeCredit(config.seed)},
+            hooks=lambda run: {"credit": ShuffledTreeCredit(run.options.seed)},
         )
 
 

@@ -42,9 +42,18 @@ print(metrics["tokens/sampled"] > 0)
 """
 
 from stemma.rl.engine.batch import RolloutBatch
-from stemma.rl.engine.hooks import ShuffledRows, end_token_ids
+from stemma.rl.engine.hooks import Run, ShuffledRows, end_token_ids
 from stemma.rl.engine.losses import soft_overlong_punishment
 from stemma.rl.engine.options import Config
 from stemma.rl.engine.trainer import Trainer, check
 
-__all__ = ["Config", "RolloutBatch", "ShuffledRows", "Trainer", "check", "end_token_ids", "soft_overlong_punishment"]
+__all__ = [
+    "Config",
+    "RolloutBatch",
+    "Run",
+    "ShuffledRows",
+    "Trainer",
+    "check",
+    "end_token_ids",
+    "soft_overlong_punishment",
+]

@@ -40,18 +40,16 @@ print(accumulated_reward(outputs, continuations, torch.tensor([0, 0, 0, 1, 1, 1]
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stemma.errors import InvalidBatchError
 from stemma.rl.engine.advantages import GroupCredit
 from stemma.rl.engine.batch import RolloutBatch
-from stemma.rl.engine.hooks import Credit, Generate, Reward, Row
-from stemma.rl.engine.options import Config as TrainerConfig
-from stemma.rl.engine.options import Normalizer
-from stemma.rl.engine.options import PPPOConfig as Config
+from stemma.rl.engine.hooks import Credit, Generate, Need, Reward, Row, Run
+from stemma.rl.engine.options import check_fields, require
 from stemma.rl.engine.rewards import score_completions
 from stemma.train.seeds import stream_seed
 
@@ -68,6 +66,43 @@ __all__ = [
     "reference_accumulated_reward",
     "retained_lengths",
 ]
+
+
+Normalizer = Literal["all", "kept"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Options of progressive prefix-token policy optimisation."""
+
+    defaults: ClassVar[Mapping[str, Any]] = {"eval_steps": 10}
+    """What the run does where nothing is said: the share grows after evaluations."""
+
+    eta_start: float = 0.15
+    """Share of each output, from its beginning, that is trained on at first, in (0, 1]."""
+    eta_max: float = 0.35
+    """The most it grows to, in [eta_start, 1]."""
+    eta_step: float = 0.05
+    """What it grows by when evaluation stalls, >= 0; 0 keeps it fixed."""
+    eta_patience: int = 1
+    """Evaluations in a row without a new best eval/reward before it grows, >= 1."""
+    num_continuations: int = 8
+    """Continuations of each retained beginning that judge it beside the output itself, >= 0."""
+    normalizer: Normalizer = "all"
+    """Tokens that the loss is divided by: all of the outputs (paper), or the retained ones (kept)."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        require(self, "eta_start", 0 < self.eta_start <= 1, "in (0, 1]")
+        require(self, "eta_max", self.eta_start <= self.eta_max <= 1, f"in [eta_start={self.eta_start}, 1]")
+        require(self, "eta_step", self.eta_step >= 0, "at least 0")
+        require(self, "eta_patience", self.eta_patience >= 1, "at least 1")
+        require(self, "num_continuations", self.num_continuations >= 0, "at least 0")
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        """Evaluations while it trains, where the share may grow."""
+        return ("evaluation",) if self.eta_step else ()
 
 
 def retained_lengths(lengths: Tensor, eta: float) -> Tensor:
@@ -89,15 +124,17 @@ def continue_beginnings(
     """Sample continuations of the first `retained_len` (N,) tokens of each row; `seeds` are those of its prompts.
 
     Returns:
-        A batch whose `group_id` is the row of `batch` that is continued. Rows that are retained whole have no
-        continuation, and without any other row the result is None.
+        A batch whose `group_id` is the row of `batch` that is continued; rows that are retained whole have no
+        continuation. None for no continuations at all.
     """
+    if not num_continuations:
+        return None
     lengths = batch.completion_mask.sum(-1)
     open_rows = (retained_len < lengths).nonzero().squeeze(1).tolist()
-    if not num_continuations or not open_rows:
-        return None
     group = batch.group_id.tolist()
     prompts = [batch.prompt_ids[g] for g in group]
+    if not open_rows:
+        return replace(batch.select([]), prompt_ids=prompts, encoded_tokens=0)
     row_seeds = [stream_seed(seeds[group[row]], "continuations", row - group.index(group[row])) for row in open_rows]
     begun = zip(batch.completion_ids[open_rows].tolist(), retained_len[open_rows].tolist(), strict=True)
     forced = [[ids[:length]] * num_continuations for ids, length in begun]
@@ -128,7 +165,8 @@ class PrefixRetention:
         batch = generate([list(row["prompt_ids"]) for row in rows], num_generations, seeds)
         kept = retained_lengths(batch.completion_mask.sum(-1), self.eta)
         continuations = continue_beginnings(generate, batch, kept, self.config.num_continuations, seeds)
-        return replace(batch, retained_len=kept, continuations=continuations)
+        further = {} if continuations is None else {"continuations": continuations}
+        return replace(batch, extras={"retained_len": kept, **further})
 
     def on_evaluate(self, metrics: Mapping[str, float]) -> None:
         """Take note of an evaluation."""
@@ -154,9 +192,16 @@ class PrefixRetention:
 
     def metrics(self, batch: RolloutBatch) -> dict[str, float]:
         """Eta and the share of sampled outputs' tokens that is retained."""
-        assert batch.retained_len is not None
-        share = batch.retained_len.sum() / batch.completion_mask.sum()
+        share = _retained(batch).sum() / batch.completion_mask.sum()
         return {"pppo/eta": self.eta, "pppo/retained_fraction": share.item()}
+
+
+def _retained(batch: RolloutBatch) -> Tensor:
+    """(N,) int64: leading completion tokens that are trained on."""
+    kept = batch.extras.get("retained_len")
+    if not isinstance(kept, Tensor):
+        raise InvalidBatchError("the batch does not say what is retained of it; PPPO's mask needs PPPO's rollout")
+    return kept
 
 
 class RetainedMask:
@@ -175,15 +220,14 @@ class RetainedMask:
         Raises:
             InvalidBatchError: a batch that `PrefixRetention` did not make, or with forced tokens.
         """
-        if batch.retained_len is None:
-            raise InvalidBatchError("the batch does not say what is retained of it; PPPO's mask needs PPPO's rollout")
+        kept = _retained(batch)
         if (batch.forced_len > 0).any():
             raise InvalidBatchError(
                 f"{int((batch.forced_len > 0).sum())} rows have a forced beginning; PPPO trains on the beginnings of "
                 "outputs, which must have been sampled. Do not combine it with demonstration prefixes"
             )
         columns = torch.arange(batch.completion_ids.shape[1], device=batch.completion_ids.device)
-        return batch.completion_mask & (columns < batch.retained_len[:, None])
+        return batch.completion_mask & (columns < kept[:, None])
 
     def normaliser(self, batch: RolloutBatch) -> Tensor:
         """(N, T) bool: the tokens that the denominators of the loss count."""
@@ -243,13 +287,13 @@ class AccumulatedCredit:
 
     def _accumulated(self, batch: RolloutBatch) -> RolloutBatch:
         assert batch.reward is not None
-        others = batch.continuations
+        others = batch.extras.get("continuations")
         rewards, rows = batch.reward[:0], batch.group_id[:0]
-        if others is not None:
+        if isinstance(others, RolloutBatch):
             assert others.reward is not None
             rewards, rows = others.reward, others.group_id
         total = accumulated_reward(batch.reward, rewards, rows, self.num_continuations)
-        return replace(batch, reward=total, continuations=None)
+        return replace(batch, reward=total, extras={})
 
 
 @dataclass(frozen=True)
@@ -337,26 +381,11 @@ def _mean_and_error(values: list[float]) -> tuple[float, float]:
     return (known.mean().item() if len(known) else math.nan), error
 
 
-def hooks(
-    config: Config,
-    trainer: TrainerConfig,
-    *,
-    model: nn.Module,
-    processing_class: Any,
-    credit: Credit | None = None,
-    accelerator: Any = None,
-) -> dict[str, Any]:
-    """What turns `stemma.rl.grpo.Trainer` into PPPO, as its keyword arguments.
-
-    Args:
-        config: see `Config`.
-        trainer: the options of the trainer.
-        model, processing_class: as for the trainer; not needed here.
-        credit: what accumulated rewards are given to, for example tree credit; that of `trainer` when None.
-        accelerator: of a run on several processes.
-    """
-    inner = credit or GroupCredit(
-        estimator=trainer.credit, scale_rewards=trainer.scale_rewards, accelerator=accelerator
+def hooks(config: Config, run: Run) -> dict[str, Any]:
+    """What turns `stemma.rl.grpo.Trainer` into PPPO, as its keyword arguments. Its credit builds on that of the run."""
+    options = run.options
+    inner = run.credit or GroupCredit(
+        estimator=options.credit, scale_rewards=options.scale_rewards, accelerator=run.accelerator
     )
     return {
         "rollout": PrefixRetention(config),

@@ -27,8 +27,7 @@ difference. A demonstration that does not fit into max_completion_length is refu
 teach that the demonstration is wrong.
 
 Be fair when comparing: arXiv 2604.23747 (2026) found the supervised baselines of this literature damaged by two bugs,
-and supervised then reinforcement learning ahead once they were mended. Relations: PrefixRL has the prefix in the
-prompt, for all rows of a group, and never trains on it. Tree credit composes with prefix_advantage="group".
+and supervised then reinforcement learning ahead once they were mended. Tree credit goes with prefix_advantage="group".
 
 ```python
 import torch
@@ -44,19 +43,18 @@ print(top_entropy(entropies, torch.ones(1, 5, dtype=torch.bool), quantile=0.2).t
 
 import math
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stemma.errors import InvalidBatchError, InvalidDataError
 from stemma.models.limits import vocabulary_size
 from stemma.rl.engine.advantages import group_relative
 from stemma.rl.engine.batch import RolloutBatch
-from stemma.rl.engine.hooks import Credit, Generate, Row, end_token_ids, mean_of
-from stemma.rl.engine.options import Config as TrainerConfig
-from stemma.rl.engine.options import EntropyScope, ScaleRewards
-from stemma.rl.engine.options import PrefixRFTConfig as Config
+from stemma.rl.engine.hooks import Generate, Need, Row, Run, end_token_ids, mean_of
+from stemma.rl.engine.options import ScaleRewards, check_fields, require
 from stemma.train.seeds import stream
 
 __all__ = [
@@ -72,6 +70,41 @@ __all__ = [
     "reference_top_entropy",
     "top_entropy",
 ]
+
+
+EntropyScope = Literal["batch", "row"]
+PrefixAdvantage = Literal["group", "reference"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Options of continuing demonstrations."""
+
+    needs: ClassVar[tuple[Need, ...]] = ("demonstrations",)
+
+    num_prefixed_generations: int = 1
+    """Completions of a group that begin with a piece of the demonstration, >= 1 and below num_generations."""
+    prefix_ratio_low_start: float = 0.95
+    """Lower bound of the share of the demonstration that is forced, at the first step, in [0, prefix_ratio_high]."""
+    prefix_ratio_low_end: float = 0.05
+    """The same at the last step, in [0, prefix_ratio_high]; half a cosine lies between."""
+    prefix_ratio_high: float = 0.95
+    """Upper bound of that share, in [0, 1]; the last token of a demonstration is never forced."""
+    entropy_quantile: float = 0.2
+    """Share of the forced tokens that is trained on, those with the highest entropy, in [0, 1]."""
+    entropy_scope: EntropyScope = "batch"
+    """Rank entropies among all forced tokens sampled together, or among those of each row."""
+    prefix_advantage: PrefixAdvantage = "group"
+    """Advantage of rows with a prefix: relative to the whole group, or that of the released code (reference)."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        require(self, "num_prefixed_generations", self.num_prefixed_generations >= 1, "at least 1")
+        for name in ("prefix_ratio_high", "entropy_quantile"):
+            require(self, name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
+        for name in ("prefix_ratio_low_start", "prefix_ratio_low_end"):
+            valid = 0 <= getattr(self, name) <= self.prefix_ratio_high
+            require(self, name, valid, f"in [0, prefix_ratio_high={self.prefix_ratio_high}]")
 
 
 def ratio_low(step: int, total_steps: int, *, start: float = 0.95, end: float = 0.05) -> float:
@@ -149,24 +182,11 @@ class PrefixSampling:
     Args:
         config: see `Config`.
         total_steps: optimiser steps of the run, the T of the schedule.
-        vocab_size, eos_token_id, max_completion_length: as in `check_demonstrations`.
+        limits: as in `check_demonstrations`.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        *,
-        total_steps: int,
-        vocab_size: int,
-        eos_token_id: Collection[int],
-        max_completion_length: int,
-    ) -> None:
-        self.config, self.total_steps = config, total_steps
-        self._limits: dict[str, Any] = {
-            "vocab_size": vocab_size,
-            "eos_token_id": frozenset(eos_token_id),
-            "max_completion_length": max_completion_length,
-        }
+    def __init__(self, config: Config, *, total_steps: int, **limits: Any) -> None:
+        self.config, self.total_steps, self._limits = config, total_steps, limits
 
     def __call__(
         self, generate: Generate, rows: Sequence[Row], num_generations: int, seeds: Sequence[int], step: int
@@ -174,8 +194,7 @@ class PrefixSampling:
         """See `Rollout`.
 
         Raises:
-            InvalidDataError: see `check_demonstrations`.
-            ValueError: `num_generations` leaves no free sample.
+            InvalidDataError, ValueError: see `check_demonstrations`; `num_generations` leaves no free sample.
         """
         prefixed = self.config.num_prefixed_generations
         if num_generations <= prefixed:
@@ -341,56 +360,41 @@ class ReferenceCredit:
         ).float()
 
 
-def hooks(
-    config: Config,
-    trainer: TrainerConfig,
-    *,
-    model: nn.Module,
-    processing_class: Any,
-    credit: Credit | None = None,
-    accelerator: Any = None,
-) -> dict[str, Any]:
+def hooks(config: Config, run: Run) -> dict[str, Any]:
     """What turns `stemma.rl.grpo.Trainer` into Prefix-RFT, as its keyword arguments.
-
-    Args:
-        config: see `Config`.
-        trainer: the options of the trainer.
-        model, processing_class: as for the trainer.
-        credit: as for the trainer, for example tree credit.
-        accelerator: of a run on several processes.
 
     Raises:
         ValueError: a combination of options that is not supported.
+        InvalidDataError: a row of the run has a demonstration that cannot be used; see `check_demonstrations`.
     """
-    free = trainer.num_generations - config.num_prefixed_generations
+    options = run.options
+    free = options.num_generations - config.num_prefixed_generations
     needed = 2 if config.prefix_advantage == "reference" else 1
     if free < needed:
         raise ValueError(
             f"num_prefixed_generations={config.num_prefixed_generations} leaves {free} of num_generations="
-            f"{trainer.num_generations} without a prefix; prefix_advantage={config.prefix_advantage!r} needs {needed}"
+            f"{options.num_generations} without a prefix; prefix_advantage={config.prefix_advantage!r} needs {needed}"
         )
-    arguments: dict[str, Any] = {
-        "rollout": PrefixSampling(
-            config,
-            total_steps=trainer.max_steps,
-            vocab_size=vocabulary_size(model),
-            eos_token_id=end_token_ids(model, processing_class),
-            max_completion_length=trainer.max_completion_length,
-        ),
-        "loss_mask": EntropyMask(config.entropy_quantile, config.entropy_scope, accelerator),
-    }
-    if config.prefix_advantage == "reference":
-        if credit is not None or trainer.credit != "grpo" or trainer.scale_rewards == "batch":
-            raise ValueError(
-                "prefix_advantage='reference' is a credit of its own: it needs credit='grpo' and scale_rewards 'group' "
-                f"or 'none', got credit={credit or trainer.credit!r} and scale_rewards={trainer.scale_rewards!r}"
-            )
-        if trainer.importance_sampling_level == "sequence":
-            raise ValueError(
-                "prefix_advantage='reference' has two advantages in one row, which the one ratio of "
-                "importance_sampling_level='sequence' would mix; use prefix_advantage='group' or level 'token'"
-            )
-        arguments["credit"] = ReferenceCredit(trainer.scale_rewards)
-    elif credit is not None:
-        arguments["credit"] = credit
-    return arguments
+    rollout = PrefixSampling(
+        config,
+        total_steps=options.max_steps,
+        vocab_size=vocabulary_size(run.model),
+        eos_token_id=end_token_ids(run.model, run.processing_class),
+        max_completion_length=options.max_completion_length,
+    )
+    rollout.check(run.rows)
+    mask = EntropyMask(config.entropy_quantile, config.entropy_scope, run.accelerator)
+    found: dict[str, Any] = {"rollout": rollout, "loss_mask": mask}
+    if config.prefix_advantage == "group":
+        return found
+    if run.credit is not None or options.credit != "grpo" or options.scale_rewards == "batch":
+        raise ValueError(
+            "prefix_advantage='reference' is a credit of its own: it needs credit='grpo' and scale_rewards 'group' "
+            f"or 'none', got credit={run.credit or options.credit!r} and scale_rewards={options.scale_rewards!r}"
+        )
+    if options.importance_sampling_level == "sequence":
+        raise ValueError(
+            "prefix_advantage='reference' has two advantages in one row, which the one ratio of "
+            "importance_sampling_level='sequence' would mix; use prefix_advantage='group' or level 'token'"
+        )
+    return {**found, "credit": ReferenceCredit(options.scale_rewards)}

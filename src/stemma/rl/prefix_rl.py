@@ -14,7 +14,7 @@ once and then frozen:
 sampled uniformly over the union, so 3 prefixed problems to 1 plain one. The prefix is part of the prompt
 (`prompt_ids`), so it gets no gradient and no importance weight, and a group never mixes prefixes; the verifier sees it
 as the beginning of the completion (`prefix_ids`). The policy gradient has the group's mean as its baseline: train with
-`grpo.Config(scale_rewards="none")`, as `Config.grpo_options` says. Evaluate without prefixes.
+`grpo.Config(scale_rewards="none")`, as `Config.defaults` says. Evaluate without prefixes.
 
 What we changed: ``h`` is uniform over the whole numbers of tokens within the ratio, so that it never leaves it; cuts
 can be restricted to boundaries; traces are kept as token ids from sampling to training. We estimate sampling at 2ND
@@ -37,141 +37,48 @@ print(len(problems))
 ```
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from os import PathLike
 from random import Random
-from typing import Any, overload
+from typing import Any, ClassVar, Literal, overload
 
-from torch import nn
-
-from stemma.data.traces import Trace, TraceFile
-from stemma.decode.rollout import Generator, LocalGenerator
+from stemma.data.traces import Trace
 from stemma.errors import InvalidDataError
 from stemma.models.limits import max_positions, vocabulary_size
-from stemma.rl.engine.hooks import Reward, Row, ShuffledRows, end_token_ids, sample
-from stemma.rl.engine.options import Config as TrainerConfig
-from stemma.rl.engine.options import PrefixRLConfig as Config
-from stemma.rl.engine.options import TooLong
-from stemma.rl.engine.rewards import score_completions
+from stemma.rl.engine.hooks import IsBoundary, Need, Reward, Run, ShuffledRows
+from stemma.rl.engine.options import check_fields, require
 from stemma.train.seeds import stream_seed
 
-__all__ = ["Config", "PrefixedProblems", "build_prefixed_problems", "collect_traces", "hooks", "rewards_by_kind"]
+__all__ = ["Config", "PrefixedProblems", "build_prefixed_problems", "hooks", "rewards_by_kind"]
 
-IsBoundary = Callable[[Sequence[int], int], bool]
-"""``is_boundary(trace_ids, h)``: whether a prefix may end before position ``h``."""
-
-
-# ------------------------------------------------------------------ traces
+TooLong = Literal["error", "skip"]
 
 
-def collect_traces(
-    model: nn.Module,
-    problems: Sequence[Row],
-    verify: Reward,
-    *,
-    processing_class: Any,
-    max_completion_length: int,
-    generator: Generator | None = None,
-    temperature: float = 1.0,
-    samples_per_round: int = 64,
-    max_samples: int = 2500,
-    seed: int = 0,
-    source: str = "rejection sampling",
-    path: str | PathLike[str] | None = None,
-    on_trace: Callable[[Trace], None] | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
-) -> list[Trace]:
-    """Sample each problem until the first verified success, or until `max_samples` completions have failed.
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Options of training on problems that begin with part of a solution."""
 
-    Problems are taken one after the other, in rounds; the seed of a round depends on the index of the problem and the
-    number of the round, so an interrupted collection goes on to the same file as one that ran through.
+    needs: ClassVar[tuple[Need, ...]] = ("traces",)
+    defaults: ClassVar[Mapping[str, Any]] = {"scale_rewards": "none"}
+    """What the paper sets other than GRPO's defaults among the trainer's options."""
 
-    Args:
-        model: the policy, usually the base model.
-        problems: rows without a prefix; their other columns go into the traces.
-        verify: a reward function; 1 (or more) is a success. A completion that was cut off never is one.
-        processing_class: the tokenizer; it decodes completions for `verify`.
-        max_completion_length: tokens after which a completion is cut off.
-        generator: samples the completions; the model itself, on this machine, when None.
-        temperature: sampling temperature where no generator is given.
-        samples_per_round: completions of a problem that are sampled together, >= 1.
-        max_samples: completions after which a problem is given up, >= 1. The paper: 2,500, and about 650 on average.
-        seed: decides every sample.
-        source: what the traces say about their origin; a resumed collection must say the same.
-        path: the JSON Lines file to write (see `stemma.data.traces`) and, where it has lines already, to go on with.
-            None keeps traces in memory only.
-        on_trace: called with each new trace, solved or given up.
-        should_stop: asked before each round; once it says yes, the traces so far are returned. The problem at hand
-            starts again when resumed.
+    cuts_per_problem: int = 3
+    """Prefixed problems made of each trace, >= 1."""
+    prefix_ratio_min: float = 0.4
+    """Shortest prefix as a fraction of the trace, in [0, prefix_ratio_max]."""
+    prefix_ratio_max: float = 0.8
+    """Longest prefix as a fraction of the trace, below 1: the end of an answer is never given away."""
+    include_unprefixed: bool = True
+    """Train on the plain problems too."""
+    too_long: TooLong = "error"
+    """Refuse prefixed problems that leave no room for a completion (error), or leave them out (skip)."""
 
-    Returns:
-        One trace per problem, in their order, fewer after a stop; a problem that was given up has no `trace_ids`.
-
-    Raises:
-        ValueError: a number is below 1.
-        InvalidDataError: a problem has a prefix, the reward function fails, or the file belongs to other problems or
-            another source.
-    """
-    for name, value in (("samples_per_round", samples_per_round), ("max_samples", max_samples)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if generator is None:
-        generator = LocalGenerator(eos_token_id=end_token_ids(model, processing_class), temperature=temperature)
-    decode: Callable[[list[int]], str] = partial(processing_class.decode, skip_special_tokens=True)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    with nullcontext() if path is None else TraceFile(path) as file:
-        traces: list[Trace] = [] if file is None else list(file.traces[: len(problems)])
-        for index, trace in enumerate(traces):
-            _check_resumed(f"{path}, trace {index + 1}", trace, problems[index], source)
-        for index in range(len(traces), len(problems)):
-            row, samples, tokens, prompt_tokens = problems[index], 0, 0, 0
-            if row.get("prefix_ids"):
-                raise InvalidDataError(f"problem {index} has prefix_ids; collect traces of whole problems")
-            found: list[int] = []
-            while not found and samples < max_samples:
-                if should_stop():
-                    return traces
-                size = min(samples_per_round, max_samples - samples)
-                round_seed = stream_seed(seed, "traces", index, samples // samples_per_round)
-                batch = sample(model, generator, max_completion_length, [row["prompt_ids"]], size, [round_seed])
-                (rewards,) = score_completions([verify], [row], batch, decode)
-                completions = batch.completions()
-                samples, tokens = samples + size, tokens + sum(map(len, completions))
-                prompt_tokens += len(row["prompt_ids"])
-                for ids, reward, cut_off in zip(completions, rewards, batch.truncated.tolist(), strict=True):
-                    if reward is not None and reward >= 1 and not cut_off:
-                        found = ids
-                        break
-            trace = Trace(
-                prompt_ids=list(row["prompt_ids"]),
-                trace_ids=found,
-                verified=bool(found),
-                text=decode(found) if found else None,
-                source=source,
-                samples=samples,
-                tokens=tokens,
-                flops=2.0 * parameters * (prompt_tokens + tokens),
-                columns={name: value for name, value in row.items() if name != "prompt_ids"},
-            )
-            traces.append(trace)
-            if file is not None:
-                file.append(trace)
-            if on_trace is not None:
-                on_trace(trace)
-    return traces
-
-
-def _check_resumed(where: str, trace: Trace, problem: Row, source: str) -> None:
-    if trace.prompt_ids != list(problem["prompt_ids"]):
-        raise InvalidDataError(f"{where} is of another problem than the one at its place; choose another file")
-    if trace.source != source:
-        raise InvalidDataError(
-            f"{where} was collected with other settings: '{trace.source}', not '{source}'; repeat those settings, or "
-            "choose another file"
-        )
+    def __post_init__(self) -> None:
+        check_fields(self)
+        require(self, "cuts_per_problem", self.cuts_per_problem >= 1, "at least 1")
+        require(self, "prefix_ratio_max", 0 <= self.prefix_ratio_max < 1, "in [0, 1)")
+        valid = 0 <= self.prefix_ratio_min <= self.prefix_ratio_max
+        require(self, "prefix_ratio_min", valid, f"in [0, prefix_ratio_max={self.prefix_ratio_max}]")
 
 
 # ------------------------------------------------------------------ prefixed problems
@@ -299,45 +206,33 @@ def _draw_cuts(
 # ------------------------------------------------------------------ training
 
 
-def hooks(
-    config: Config,
-    trainer: TrainerConfig,
-    *,
-    traces: Sequence[Trace],
-    model: nn.Module,
-    is_boundary: IsBoundary | None = None,
-) -> dict[str, Any]:
-    """What turns `stemma.rl.grpo.Trainer` into PrefixRL, as its keyword arguments: its prompts.
-
-    Args:
-        config: see `Config`.
-        trainer: the options of the trainer; `scale_rewards="none"` is the paper's.
-        traces, is_boundary: see `build_prefixed_problems`.
-        model: the policy. Its vocabulary holds every id of the traces; its context holds prompts and completions.
+def hooks(config: Config, run: Run) -> dict[str, Any]:
+    """What turns `stemma.rl.grpo.Trainer` into PrefixRL, as its keyword arguments: prompts made of the run's traces.
 
     Raises:
         InvalidDataError: see `build_prefixed_problems`; or an id is outside the model's vocabulary.
     """
-    vocab_size = vocabulary_size(model)
-    for index, trace in enumerate(traces):
+    vocab_size = vocabulary_size(run.model)
+    for index, trace in enumerate(run.traces):
         outside = [token for token in [*trace.prompt_ids, *trace.trace_ids] if not 0 <= token < vocab_size]
         if outside:
             raise InvalidDataError(
                 f"trace {index + 1} holds token id {outside[0]}, outside the model's vocabulary of {vocab_size}; it "
                 "was made with another tokenizer"
             )
-    positions = max_positions(model)
+    positions = max_positions(run.model)
     problems = build_prefixed_problems(
-        traces,
+        run.traces,
         cuts_per_problem=config.cuts_per_problem,
         ratio=(config.prefix_ratio_min, config.prefix_ratio_max),
         include_unprefixed=config.include_unprefixed,
-        seed=trainer.seed,
-        is_boundary=is_boundary,
-        max_prompt_length=None if positions is None else positions - trainer.max_completion_length,
+        seed=run.options.seed,
+        is_boundary=run.is_boundary,
+        max_prompt_length=None if positions is None else positions - run.options.max_completion_length,
         too_long=config.too_long,
     )
-    return {"prompts": ShuffledRows(problems, seed=stream_seed(trainer.seed, "prompts"))}
+    found: dict[str, Any] = {"prompts": ShuffledRows(problems, seed=stream_seed(run.options.seed, "prompts"))}
+    return found if run.reward is None else {**found, "reward_funcs": rewards_by_kind(run.reward)}
 
 
 def rewards_by_kind(reward: Reward) -> list[Reward]:

@@ -53,11 +53,22 @@ from torch import Tensor
 from stemma.prefix.values import ValueTree, reference_states
 from stemma.rl.engine.advantages import GroupCredit, group_relative, leave_one_out, reward_scale
 from stemma.rl.engine.batch import RolloutBatch
-from stemma.rl.engine.options import Config as TrainerConfig
-from stemma.rl.engine.options import CreditName, ScaleRewards
-from stemma.rl.engine.options import TempoConfig as Config
+from stemma.rl.engine.hooks import Run
+from stemma.rl.engine.options import CreditName, ScaleRewards, check_fields, require
 
 __all__ = ["Config", "TreeCredit", "ValueTree", "hooks", "reference_states", "tree_td_advantages"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Options of tree credit."""
+
+    tree_td_coef: float = 1.0
+    """Weight of the temporal difference at the branches of a group's prefix tree, >= 0; 0: GRPO. TEMPO: 1."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        require(self, "tree_td_coef", self.tree_td_coef >= 0, "at least 0")
 
 
 def tree_td_advantages(
@@ -125,19 +136,18 @@ class TreeCredit(GroupCredit):
         return values.metrics()
 
 
-def hooks(config: Config, trainer: TrainerConfig, *, accelerator: Any = None) -> dict[str, TreeCredit]:
+def hooks(config: Config, run: Run) -> dict[str, Any]:
     """What turns `stemma.rl.grpo.Trainer` into TEMPO, as its keyword arguments: the credit.
 
     Args:
         config: see `Config`.
-        trainer: the options of the trainer. With `importance_sampling_level="sequence"` a token keeps its own
-            advantage (GSPO-token).
-        accelerator: of a run on several processes.
+        run: the run that it joins. With `importance_sampling_level="sequence"` a token keeps its own advantage
+            (GSPO-token).
     """
     credit = TreeCredit(
-        estimator=trainer.credit,
-        scale_rewards=trainer.scale_rewards,
-        accelerator=accelerator,
+        estimator=run.options.credit,
+        scale_rewards=run.options.scale_rewards,
+        accelerator=run.accelerator,
         coefficient=config.tree_td_coef,
     )
     return {"credit": credit}

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stemma.rl.engine.dynamic_sampling import concatenate, different_rewards, select_groups
+from stemma.rl.engine.dynamic_sampling import concatenate, different_rewards
 from stemma.rl.engine.losses import token_loss, token_weights
 from stemma.rl.grpo import RolloutBatch, Trainer
 
@@ -158,10 +158,10 @@ def make_batch(rows: list[tuple[int, int]], first: int, continued: list[bool] | 
         reward=torch.rand(2 * count, dtype=torch.float64),
         encoded_tokens=count,
     )
-    kept = [row for row in range(2 * count) if continued and continued[row % len(continued)]]
-    if kept:
-        own = torch.tensor(kept).repeat_interleave(2)
-        batch.continuations = RolloutBatch(
+    if continued is not None:
+        kept = [row for row in range(2 * count) if continued[row % len(continued)]]
+        own = torch.tensor(kept, dtype=torch.int64).repeat_interleave(2)
+        batch.extras["continuations"] = RolloutBatch(
             prompt_ids=[[first, row // 2] for row in range(2 * count)],
             group_id=own,
             completion_ids=batch.completion_ids[own, :1] + 1000,
@@ -180,8 +180,7 @@ def by_prompt(batch: RolloutBatch) -> dict[tuple[int, ...], list[Any]]:
     for row, ids in enumerate(batch.completions()):
         own = [ids, batch.truncated[row].item(), batch.reward[row].item()]
         own.append(batch.sampling_logprobs[row, : len(ids)].tolist())
-        if batch.continuations is not None:
-            others = batch.continuations
+        for others in batch.further:
             assert others.prompt_ids[row] == batch.prompt_ids[batch.group_id[row]]
             own.append([others.completions()[i] for i in (others.group_id == row).nonzero().squeeze(1)])
         found[tuple(batch.prompt_ids[batch.group_id[row]])].append(own)
@@ -191,32 +190,29 @@ def by_prompt(batch: RolloutBatch) -> dict[tuple[int, ...], list[Any]]:
 groups = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=3)
 
 
-@given(st.lists(st.tuples(groups, st.none() | st.lists(st.booleans(), min_size=1, max_size=3)), min_size=1, max_size=4))
-def test_joining_and_choosing_groups_keeps_all_that_belongs_to_them(parts: list) -> None:
-    batches = [make_batch(rows, 100 * (i + 1), continued) for i, (rows, continued) in enumerate(parts)]
+@given(
+    st.lists(st.tuples(groups, st.lists(st.booleans(), min_size=1, max_size=3)), min_size=1, max_size=4), st.booleans()
+)
+def test_joining_and_choosing_groups_keeps_all_that_belongs_to_them(parts: list, further: bool) -> None:
+    batches = [
+        make_batch(rows, 100 * (i + 1), continued if further else None) for i, (rows, continued) in enumerate(parts)
+    ]
     joined = concatenate(batches)
-    if joined.continuations is None:
-        expected = {k: v for batch in batches for k, v in by_prompt(batch).items()}
-    else:  # a batch without continuations has none for each of its rows
-        expected = {}
-        for batch in batches:
-            for prompt, rows in by_prompt(batch).items():
-                expected[prompt] = rows if batch.continuations is not None else [[*row, []] for row in rows]
+    expected = {k: v for batch in batches for k, v in by_prompt(batch).items()}
     assert by_prompt(joined) == expected
     assert joined.encoded_tokens == sum(batch.encoded_tokens for batch in batches)
     chosen = list(range(0, len(joined.prompt_ids), 2))
-    picked = by_prompt(select_groups(joined, chosen))
+    picked = by_prompt(joined.select(chosen))
     assert list(picked) == [tuple(joined.prompt_ids[group]) for group in chosen]
     for prompt, rows in picked.items():
-        assert [row[:4] for row in rows] == [row[:4] for row in expected[prompt]]
-        assert [row[4:] or [[]] for row in rows] == [row[4:] or [[]] for row in expected[prompt]]
+        assert rows == expected[prompt]
 
 
 def test_which_groups_have_different_rewards() -> None:
     batch = make_batch([(1, 2), (2, 2), (1, 1)], 100, [True])
     batch.reward = torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0, NAN])
-    batch.continuations.reward = torch.ones(12)
+    batch.extras["continuations"].reward = torch.ones(12)
     assert different_rewards(batch).tolist() == [False, True, False]
-    batch.continuations.reward[1] = 0.0  # of the first row: what continues it differs from it
+    batch.extras["continuations"].reward[1] = 0.0  # of the first row: what continues it differs from it
     assert different_rewards(batch).tolist() == [True, True, False]
-    assert different_rewards(replace(batch, continuations=None)).tolist() == [False, True, False]
+    assert different_rewards(replace(batch, extras={})).tolist() == [False, True, False]

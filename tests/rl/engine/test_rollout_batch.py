@@ -1,5 +1,7 @@
 """The batch of rollouts, the prompt source and the checks on rewards."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -45,6 +47,25 @@ def test_groups_cut_whole_groups_out_of_every_tensor() -> None:
     assert part.old_logprobs is None
 
 
+def test_what_a_method_keeps_is_cut_moved_and_stored_with_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    more = replace(make_batch(), prompt_ids=[[5], [6], [7], [8]], group_id=torch.tensor([0, 2, 2, 3]))
+    batch = make_batch(reward=torch.ones(4), extras={"kept": torch.arange(4), "more": more})
+    part = batch.groups(1, 2)
+    assert part.extras["kept"].tolist() == [2, 3]
+    (further,) = part.further
+    assert further.prompt_ids == [[7], [8]]
+    assert further.group_id.tolist() == [0, 0, 1]
+    assert further.completions() == more.completions()[1:]
+    moved: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device: moved.append(self) or self)
+    batch.to("cpu")
+    for tensor in (batch.reward, batch.extras["kept"], more.completion_ids):
+        assert any(tensor is each for each in moved)
+    state = batch.state_dict()
+    assert list(state["extras"]) == ["kept"]
+    assert RolloutBatch(**state).extras["kept"].tolist() == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize(
     ("message", "changes"),
     [
@@ -54,6 +75,8 @@ def test_groups_cut_whole_groups_out_of_every_tensor() -> None:
         ("forced_len exceeds", {"forced_len": torch.tensor([0, 2, 0, 0])}),
         ("RolloutBatch.truncated has shape", {"truncated": torch.zeros(3, dtype=torch.bool)}),
         ("RolloutBatch.old_logprobs has shape", {"old_logprobs": torch.zeros(4, 2)}),
+        ("RolloutBatch.kept has shape", {"extras": {"kept": torch.zeros(3)}}),
+        ("RolloutBatch.more has 2 prompts", {"extras": {"more": make_batch()}}),
     ],
 )
 def test_a_batch_that_is_none_is_refused(message: str, changes: dict) -> None:

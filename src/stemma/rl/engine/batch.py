@@ -14,8 +14,9 @@ A callable that is an object may also have `state_dict` and `load_state_dict` (s
 Shapes: ``N`` sequences, ``T`` padded completion length. Rows of a group are contiguous, in the order of the prompts.
 """
 
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,8 +24,7 @@ from torch import Tensor
 from stemma.errors import InvalidBatchError
 from stemma.prefix.tree import PrefixTree
 
-if TYPE_CHECKING:
-    pass
+__all__ = ["RolloutBatch"]
 
 
 @dataclass
@@ -61,25 +61,25 @@ class RolloutBatch:
     """(N, T) float32: entropies in nats under the policy at the time of sampling, where a loss mask asked for them."""
     norm_mask: Tensor | None = None
     """(N, T) bool: the tokens that the denominators of the loss count; None: those of `loss_mask`."""
-    retained_len: Tensor | None = None
-    """(N,) int64: leading completion tokens that PPPO trains on."""
-    continuations: "RolloutBatch | None" = None
-    """Other endings of beginnings of this batch's rows: `group_id` is the index of the row that a continuation shares
-    its forced beginning with. They are rewarded, not trained on, and do not outlive the credit."""
     encoded_tokens: int = 0
     """Tokens that went through the model for sampling, prompts once each; 0 where a server did it."""
+    extras: "dict[str, Tensor | RolloutBatch]" = field(default_factory=dict)
+    """What a method keeps beside the rows, by names of its own: tensors of shape (N,) or (N, T), or further completions
+    of the rows, as a batch with one prompt per row whose `group_id` is the index of the row. Further completions are
+    rewarded, not trained on, and do not outlive the credit."""
 
     def __post_init__(self) -> None:
         size, length = self.completion_ids.shape
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if not isinstance(value, Tensor):
-                continue
-            expected = ((size,),) if value.ndim == 1 else ((size, length),)
-            if tuple(value.shape) not in expected:
+        for name, value in [*vars(self).items(), *self.extras.items()]:
+            if isinstance(value, Tensor) and tuple(value.shape) not in ((size,), (size, length)):
                 raise InvalidBatchError(
-                    f"RolloutBatch.{field.name} has shape {tuple(value.shape)}; completion_ids of shape "
+                    f"RolloutBatch.{name} has shape {tuple(value.shape)}; completion_ids of shape "
                     f"({size}, {length}) needs ({size},) or ({size}, {length}) there"
+                )
+            if isinstance(value, RolloutBatch) and len(value.prompt_ids) != size:
+                raise InvalidBatchError(
+                    f"RolloutBatch.{name} has {len(value.prompt_ids)} prompts; further completions need one for each "
+                    f"of the {size} rows"
                 )
         lengths = self.completion_mask.sum(-1)
         if not torch.equal(self.completion_mask, torch.arange(length, device=lengths.device) < lengths[:, None]):
@@ -104,6 +104,11 @@ class RolloutBatch:
         columns = torch.arange(self.completion_ids.shape[1], device=self.completion_ids.device)
         return self.completion_mask & (columns >= self.forced_len[:, None])
 
+    @property
+    def further(self) -> "list[RolloutBatch]":
+        """The batches among the extras."""
+        return [value for value in self.extras.values() if isinstance(value, RolloutBatch)]
+
     def completions(self) -> list[list[int]]:
         """Token ids of each completion, unpadded."""
         lengths = self.completion_mask.sum(-1).tolist()
@@ -111,14 +116,16 @@ class RolloutBatch:
 
     def groups(self, start: int, stop: int) -> "RolloutBatch":
         """The batch of prompts `start` to `stop` (exclusive), whole groups."""
-        keep = (self.group_id >= start) & (self.group_id < stop)
-        sliced: dict[str, Any] = {
-            field.name: value[keep] if isinstance(value, Tensor) else value
-            for field in fields(self)
-            if (value := getattr(self, field.name)) is not None
-        }
-        sliced |= {"prompt_ids": self.prompt_ids[start:stop], "group_id": sliced["group_id"] - start}
-        return RolloutBatch(**{**sliced, "continuations": None})
+        return self.select(range(start, min(stop, len(self.prompt_ids))))
+
+    def select(self, groups: Sequence[int]) -> "RolloutBatch":
+        """The batch of these prompts, given in ascending order, with all their completions and extras."""
+        chosen = torch.tensor(list(groups), dtype=torch.int64, device=self.group_id.device)
+        keep = torch.isin(self.group_id, chosen)
+        rows = keep.nonzero().squeeze(1).tolist() if self.further else []
+        state = self._mapped(lambda value: value[keep] if isinstance(value, Tensor) else value.select(rows))
+        state["group_id"] = torch.searchsorted(chosen, state["group_id"])
+        return RolloutBatch(**{**state, "prompt_ids": [self.prompt_ids[group] for group in groups]})
 
     def tree(self, *, trained_only: bool = False) -> PrefixTree:
         """The prefix tree of prompts and completions; row `i` is its sequence `i`, column `t` its column `t`.
@@ -139,10 +146,15 @@ class RolloutBatch:
 
     def to(self, device: torch.device | str) -> "RolloutBatch":
         """A copy with all tensors on `device`."""
-        state = self.state_dict().items()
-        moved: dict[str, Any] = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in state}
-        return RolloutBatch(**moved)
+        return RolloutBatch(**self._mapped(lambda value: value.to(device)))
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain lists and tensors, without continuations; `RolloutBatch(**state)` restores the batch."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "continuations"}
+        """Plain lists and tensors, without further completions; `RolloutBatch(**state)` restores the batch."""
+        state = self._mapped(lambda value: value)
+        return {**state, "extras": {name: v for name, v in self.extras.items() if isinstance(v, Tensor)}}
+
+    def _mapped(self, change: "Callable[[Any], Any]") -> dict[str, Any]:
+        """The fields by name, with `change` applied to every tensor and to every batch among the extras."""
+        state = {each.name: getattr(self, each.name) for each in fields(self)}
+        state = {name: change(value) if isinstance(value, Tensor) else value for name, value in state.items()}
+        return {**state, "extras": {name: change(value) for name, value in self.extras.items()}}

@@ -6,15 +6,16 @@ keep the order in which their prompts came; those that are left over are thrown 
 
 What differs from DAPO: processes pool the groups of a round and each takes its share of the pool, so that a run does
 not depend on their number and none waits for another's luck. Rewards are compared before the penalty for overlong
-completions, as DAPO compares correctness; a group with continuations (PPPO) is kept for their differences too.
+completions, as DAPO compares correctness; a group with further completions is kept for their differences too.
 
 Dropping changes the scale of the loss: a dropped group has no gradient, yet the denominators of every loss type would
 count its tokens (dapo, bnpo, cispo) or sequences (grpo, dr_grpo). Without a share p of such groups in the batch, the
 gradient is 1 / (1 - p) times as large.
 """
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -23,18 +24,18 @@ from torch import Tensor
 from stemma.rl.engine.advantages import equal_reward_groups
 from stemma.rl.engine.batch import RolloutBatch
 
-__all__ = ["Pool", "concatenate", "different_rewards", "select_groups"]
+__all__ = ["Pool", "concatenate", "different_rewards"]
 
 
 def different_rewards(batch: RolloutBatch) -> Tensor:
-    """(P,) bool for the P prompts of a batch: two of the rewards, those of continuations included, differ."""
+    """(P,) bool for the P prompts of a batch: two of the rewards, those of further completions included, differ."""
     assert batch.reward is not None
-    rewards, group = batch.reward, batch.group_id
-    if batch.continuations is not None:
-        assert batch.continuations.reward is not None
-        rewards = torch.cat([rewards, batch.continuations.reward])
-        group = torch.cat([group, group[batch.continuations.group_id]])
-    return ~equal_reward_groups(rewards, group)
+    rewards, groups = [batch.reward], [batch.group_id]
+    for further in batch.further:
+        assert further.reward is not None
+        rewards.append(further.reward)
+        groups.append(batch.group_id[further.group_id])
+    return ~equal_reward_groups(torch.cat(rewards), torch.cat(groups))
 
 
 def concatenate(batches: Sequence[RolloutBatch]) -> RolloutBatch:
@@ -42,60 +43,27 @@ def concatenate(batches: Sequence[RolloutBatch]) -> RolloutBatch:
     if len(batches) == 1:
         return batches[0]
     length = max(batch.completion_ids.shape[1] for batch in batches)
-    joined: dict[str, Any] = {
+
+    def joined(values: Sequence[Any]) -> Any:
+        if isinstance(values[0], RolloutBatch):
+            return concatenate(values)
+        return None if values[0] is None else torch.cat([_widened(value, length) for value in values])
+
+    state: dict[str, Any] = {
         "prompt_ids": [prompt for batch in batches for prompt in batch.prompt_ids],
         "encoded_tokens": sum(batch.encoded_tokens for batch in batches),
-        "continuations": _concatenated_continuations(batches),
+        "extras": {name: joined([batch.extras[name] for batch in batches]) for name in batches[0].extras},
     }
-    offset, groups = 0, []
-    for batch in batches:
-        groups.append(batch.group_id + offset)
-        offset += len(batch.prompt_ids)
-    joined["group_id"] = torch.cat(groups)
-    for field in fields(RolloutBatch):
-        values = [getattr(batch, field.name) for batch in batches]
-        if field.name not in joined and values[0] is not None:
-            joined[field.name] = torch.cat([_widened(value, length) for value in values])
-    return RolloutBatch(**joined)
-
-
-def _concatenated_continuations(batches: Sequence[RolloutBatch]) -> RolloutBatch | None:
-    """Continuations of the rows of all batches; a batch without any still counts with its rows."""
-    found, waiting = [], []  # prompts of rows without continuations, to be put before those of the next batch
-    for batch in batches:
-        own = batch.continuations
-        prompts = [batch.prompt_ids[group] for group in batch.group_id.tolist()]
-        if own is None:
-            waiting += prompts
-            continue
-        shifted = replace(own, prompt_ids=waiting + own.prompt_ids, group_id=own.group_id + len(waiting))
-        found.append(shifted)
-        waiting = []
-    if not found:
-        return None
-    found[-1] = replace(found[-1], prompt_ids=found[-1].prompt_ids + waiting)
-    return concatenate(found)
+    offsets = itertools.accumulate([len(batch.prompt_ids) for batch in batches[:-1]], initial=0)
+    state["group_id"] = torch.cat([batch.group_id + offset for batch, offset in zip(batches, offsets, strict=True)])
+    for each in fields(RolloutBatch):
+        if each.name not in state:
+            state[each.name] = joined([getattr(batch, each.name) for batch in batches])
+    return RolloutBatch(**state)
 
 
 def _widened(value: Tensor, length: int) -> Tensor:
     return value if value.ndim == 1 else torch.nn.functional.pad(value, (0, length - value.shape[1]))
-
-
-def select_groups(batch: RolloutBatch, groups: Sequence[int]) -> RolloutBatch:
-    """The batch of these prompts, given in ascending order, with all their completions and continuations."""
-    chosen = torch.tensor(list(groups), dtype=torch.int64)
-    keep = torch.isin(batch.group_id, chosen)
-    changes: dict[str, Any] = {
-        field.name: value[keep]
-        for field in fields(RolloutBatch)
-        if isinstance(value := getattr(batch, field.name), Tensor)
-    }
-    changes["group_id"] = torch.searchsorted(chosen, changes["group_id"])
-    changes["prompt_ids"] = [batch.prompt_ids[group] for group in groups]
-    if batch.continuations is not None:
-        continued = select_groups(batch.continuations, keep.nonzero().squeeze(1).tolist())
-        changes["continuations"] = continued if len(continued) else None
-    return replace(batch, **changes)
 
 
 class Pool:
@@ -134,7 +102,7 @@ class Pool:
         chosen = sorted(kept + filled)
         share = self.needed // self.accelerator.num_processes
         start = share * self.accelerator.process_index
-        return select_groups(concatenate(self._batches), chosen[start : start + share]), {
+        return concatenate(self._batches).select(chosen[start : start + share]), {
             "dynamic_sampling/groups_sampled": float(len(different)),
             "dynamic_sampling/groups_kept": float(len(kept)),
             "dynamic_sampling/groups_filled": float(len(filled)),

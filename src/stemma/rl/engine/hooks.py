@@ -1,15 +1,25 @@
-"""The hooks of the trainer, where a method plugs in, and the default of each."""
+"""The hooks of the trainer, where a method plugs in, the default of each, and the run that a method joins.
+
+A method's file in `stemma.rl` offers ``hooks(config, run) -> dict``: keyword arguments of the trainer for the method's
+`Config` and a `Run`. That is all: the command line finds it by its place. Its `Config` may also have
+
+- ``defaults``, a mapping: what the run's own options are where the user says nothing;
+- ``needs``, a tuple of `Need`: what the run must have besides its prompts.
+"""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from stemma.data.traces import Trace
 from stemma.errors import InvalidBatchError, InvalidDataError
 from stemma.models import tokens
 from stemma.rl.engine.batch import RolloutBatch
+from stemma.rl.engine.options import Config
 from stemma.train.seeds import stream
 
 if TYPE_CHECKING:
@@ -68,7 +78,7 @@ class Rollout(Protocol):
 
 
 class Credit(Protocol):
-    """Advantages."""
+    """Advantages. A credit that builds on another one keeps it as its attribute ``credit``."""
 
     def __call__(self, batch: RolloutBatch, /) -> Tensor:
         """(N,) or (N, T) advantages of a batch whose rewards are known; 0 where the reward is NaN."""
@@ -82,6 +92,38 @@ class LossMask(Protocol):
     def __call__(self, batch: RolloutBatch, step: int, /) -> Tensor:
         """(N, T) bool; the trainer takes its intersection with `completion_mask`. `step`: optimiser steps so far."""
         ...
+
+
+Need = Literal["demonstrations", "traces", "evaluation"]
+"""What a method may ask of a run: `demonstration_ids` in its rows, verified solutions, evaluations while it trains."""
+
+IsBoundary = Callable[[Sequence[int], int], bool]
+"""``is_boundary(token_ids, cut)``: whether the beginning of a solution may end before position ``cut``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a method may know of the run that it joins. Most methods use little of it."""
+
+    options: Config
+    """Options of the trainer."""
+    model: nn.Module
+    """The policy."""
+    processing_class: Any
+    """The tokenizer."""
+    accelerator: Any = None
+    """An `accelerate.Accelerator`; None: one process."""
+    credit: Credit | None = None
+    """The credit that the user chose; None: that of `options`. A method with a credit of its own builds on it or
+    refuses it."""
+    reward: Reward | None = None
+    """The reward function; None: the caller gives it to the trainer, and the method leaves it alone."""
+    rows: Sequence[Row] = ()
+    """The rows that prompts are drawn from, or some of an endless source, to be checked before the run."""
+    traces: Sequence[Trace] = ()
+    """Verified solutions of problems."""
+    is_boundary: IsBoundary | None = None
+    """Where the beginning of a solution may end; None: anywhere."""
 
 
 def all_tokens(batch: RolloutBatch, step: int) -> Tensor:

@@ -1,8 +1,12 @@
 """Options of group-relative policy optimisation, with TRL's names and meanings. Imports no torch."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args, get_type_hints
+import math
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+__all__ = ["Config", "check_fields", "require"]
 
 LossType = Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo"]
 ScaleRewards = Literal["group", "batch", "none"]
@@ -11,15 +15,34 @@ ImportanceSamplingLevel = Literal["token", "sequence"]
 ImportanceSamplingMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 KLEstimator = Literal["k1", "k2", "k3"]
 SchedulerType = Literal["linear", "cosine", "constant", "constant_with_warmup"]
-EntropyScope = Literal["batch", "row"]
-PrefixAdvantage = Literal["group", "reference"]
-Normalizer = Literal["all", "kept"]
-TooLong = Literal["error", "skip"]
 
 
-def _require(options: Any, name: str, valid: bool, expected: str) -> None:
+def require(options: Any, name: str, valid: bool, expected: str) -> None:
+    """Raise `ValueError` with the field and its value unless `valid`."""
     if not valid:
         raise ValueError(f"{name} must be {expected}; got {getattr(options, name)!r}")
+
+
+def check_fields(options: Any) -> None:
+    """Raise `ValueError` where a field is none of its type's values: whole or finite numbers, bools, names."""
+    hints = get_type_hints(type(options))
+    for name in (each.name for each in fields(options)):
+        hint, value = hints[name], getattr(options, name)
+        kinds = (hint,) if isinstance(hint, type) or get_origin(hint) is Literal else get_args(hint)
+        accepted = [_accepts(kind, value) for kind in kinds]
+        expected = [_EXPECTED.get(kind) or f"one of {', '.join(map(str, get_args(kind)))}" for kind in kinds]
+        require(options, name, any(accepted), ", or ".join(expected))
+
+
+_EXPECTED = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text", NoneType: "None"}
+
+
+def _accepts(kind: Any, value: Any) -> bool:
+    if isinstance(value, bool):
+        return kind is bool
+    if kind in (int, float):
+        return isinstance(value, Integral if kind is int else Real) and math.isfinite(value)
+    return isinstance(value, kind) if isinstance(kind, type) else value in get_args(kind)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,88 +147,84 @@ class Config:
     """Seed of sampling, data order and everything else random."""
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(Config)
-        names = ("loss_type", "credit", "scale_rewards", "importance_sampling_level", "lr_scheduler_type")
-        for name in (*names, "kl_estimator", "importance_sampling_mode"):
-            allowed = get_args(hints[name])
-            _require(self, name, getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
+        check_fields(self)
         for name in ("max_steps", "max_completion_length", "gradient_accumulation_steps", "num_iterations"):
-            _require(self, name, getattr(self, name) >= 1, "at least 1")
+            require(self, name, getattr(self, name) >= 1, "at least 1")
         for name in ("learning_rate", "weight_decay", "max_grad_norm", "beta"):
-            _require(self, name, getattr(self, name) >= 0, "at least 0")
+            require(self, name, getattr(self, name) >= 0, "at least 0")
         for name in ("warmup_steps", "top_k", "compare_every"):
-            _require(self, name, getattr(self, name) >= 0, "at least 0")
+            require(self, name, getattr(self, name) >= 0, "at least 0")
         for name in ("adam_beta1", "adam_beta2"):
-            _require(self, name, 0 <= getattr(self, name) < 1, "in [0, 1)")
-        _require(self, "num_generations", self.num_generations >= 2, "at least 2: advantages compare within a group")
-        _require(self, "temperature", self.temperature > 0, "above 0")
-        _require(self, "top_p", 0 < self.top_p <= 1, "in (0, 1]")
+            require(self, name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        require(self, "num_generations", self.num_generations >= 2, "at least 2: advantages compare within a group")
+        require(self, "temperature", self.temperature > 0, "above 0")
+        require(self, "top_p", 0 < self.top_p <= 1, "in (0, 1]")
         size = self.per_device_train_batch_size
-        _require(
+        require(
             self,
             "per_device_train_batch_size",
             size >= 1 and size % self.num_generations == 0,
             f"a positive multiple of num_generations={self.num_generations}: it counts completions, and groups stay "
             "whole",
         )
-        _require(
+        require(
             self,
             "steps_per_generation",
             self.steps_per_generation is None
             or (self.steps_per_generation >= 1 and self.steps_per_generation % self.gradient_accumulation_steps == 0),
             f"a positive multiple of gradient_accumulation_steps={self.gradient_accumulation_steps}",
         )
-        _require(self, "epsilon", 0 < self.epsilon < 1, "in (0, 1)")
+        require(self, "epsilon", 0 < self.epsilon < 1, "in (0, 1)")
         if self.loss_type == "cispo":
-            _require(
+            require(
                 self,
                 "epsilon_high",
                 self.epsilon_high is not None and self.epsilon_high >= 1,
                 "the ceiling of the weight, at least 1, for loss_type=cispo (ScaleRL: 5.0)",
             )
-            _require(self, "delta", self.delta is None, "None for loss_type=cispo, which does not use it")
+            require(self, "delta", self.delta is None, "None for loss_type=cispo, which does not use it")
         else:
-            _require(self, "epsilon_high", self.epsilon_high is None or self.epsilon_high > 0, "above 0, or None")
+            require(self, "epsilon_high", self.epsilon_high is None or self.epsilon_high > 0, "above 0, or None")
             high = self.epsilon if self.epsilon_high is None else self.epsilon_high
-            _require(
+            require(
                 self,
                 "delta",
                 self.delta is None or self.delta > 1 + high,
                 f"above 1 + epsilon_high = {1 + high}, or None",
             )
-        _require(self, "max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1, or None")
-        _require(
+        require(self, "max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1, or None")
+        require(
             self,
             "scale_rewards",
             self.credit != "rloo" or self.scale_rewards != "batch",
             "none for credit=rloo, which does not divide (the default, group, is ignored)",
         )
-        _require(
+        require(
             self,
             "kl_estimator",
             self.kl_estimator != "k1" or self.use_bias_correction_kl,
             "k2 or k3 for use_bias_correction_kl=False: the gradient of k1 alone has expectation zero",
         )
-        _require(
+        require(
             self,
             "soft_punish_cache",
             0 <= self.soft_punish_cache <= self.max_completion_length,
             f"in [0, max_completion_length={self.max_completion_length}]",
         )
-        _require(self, "max_generation_batches", self.max_generation_batches >= 2, "at least 2: one draws nothing anew")
+        require(self, "max_generation_batches", self.max_generation_batches >= 2, "at least 2: one draws nothing anew")
         self._check_importance_sampling_bounds()
 
     def _check_importance_sampling_bounds(self) -> None:
         low, high = self.importance_sampling_clip_min, self.importance_sampling_clip_max
-        _require(self, "importance_sampling_clip_max", high is None or high > 0, "above 0, or None")
-        _require(self, "importance_sampling_clip_min", low is None or low >= 0, "at least 0, or None")
-        _require(
+        require(self, "importance_sampling_clip_max", high is None or high > 0, "above 0, or None")
+        require(self, "importance_sampling_clip_min", low is None or low >= 0, "at least 0, or None")
+        require(
             self,
             "importance_sampling_clip_min",
             low is None or high is None or low < high,
             f"below importance_sampling_clip_max={high}",
         )
-        _require(
+        require(
             self,
             "importance_sampling_mode",
             low is not None or high is not None or self.importance_sampling_mode.endswith("_mask"),
@@ -221,97 +240,3 @@ class Config:
     def steps_per_rollout(self) -> int:
         """Optimiser steps between two rollouts."""
         return self.micro_batches_per_generation // self.gradient_accumulation_steps * self.num_iterations
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrefixRFTConfig:
-    """Options of Prefix-RFT (`stemma.rl.prefix_rft`)."""
-
-    num_prefixed_generations: int = 1
-    """Completions of a group that begin with a piece of the demonstration, >= 1 and below num_generations."""
-    prefix_ratio_low_start: float = 0.95
-    """Lower bound of the share of the demonstration that is forced, at the first step, in [0, prefix_ratio_high]."""
-    prefix_ratio_low_end: float = 0.05
-    """The same at the last step, in [0, prefix_ratio_high]; half a cosine lies between."""
-    prefix_ratio_high: float = 0.95
-    """Upper bound of that share, in [0, 1]; the last token of a demonstration is never forced."""
-    entropy_quantile: float = 0.2
-    """Share of the forced tokens that is trained on, those with the highest entropy, in [0, 1]."""
-    entropy_scope: EntropyScope = "batch"
-    """Rank entropies among all forced tokens sampled together, or among those of each row."""
-    prefix_advantage: PrefixAdvantage = "group"
-    """Advantage of rows with a prefix: relative to the whole group, or that of the released code (reference)."""
-
-    def __post_init__(self) -> None:
-        _require(self, "num_prefixed_generations", self.num_prefixed_generations >= 1, "at least 1")
-        _require(self, "prefix_ratio_high", 0 <= self.prefix_ratio_high <= 1, "in [0, 1]")
-        for name in ("prefix_ratio_low_start", "prefix_ratio_low_end"):
-            valid = 0 <= getattr(self, name) <= self.prefix_ratio_high
-            _require(self, name, valid, f"in [0, prefix_ratio_high={self.prefix_ratio_high}]")
-        _require(self, "entropy_quantile", 0 <= self.entropy_quantile <= 1, "in [0, 1]")
-        _require(self, "entropy_scope", self.entropy_scope in get_args(EntropyScope), "batch or row")
-        _require(self, "prefix_advantage", self.prefix_advantage in get_args(PrefixAdvantage), "group or reference")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PPPOConfig:
-    """Options of PPPO, progressive prefix-token policy optimisation (`stemma.rl.pppo`)."""
-
-    eta_start: float = 0.15
-    """Share of each output, from its beginning, that is trained on at first, in (0, 1]."""
-    eta_max: float = 0.35
-    """The most it grows to, in [eta_start, 1]."""
-    eta_step: float = 0.05
-    """What it grows by when evaluation stalls, >= 0; 0 keeps it fixed."""
-    eta_patience: int = 1
-    """Evaluations in a row without a new best eval/reward before it grows, >= 1."""
-    num_continuations: int = 8
-    """Continuations of each retained beginning that judge it beside the output itself, >= 0."""
-    normalizer: Normalizer = "all"
-    """Tokens that the loss is divided by: all of the outputs (paper), or the retained ones (kept)."""
-
-    def __post_init__(self) -> None:
-        _require(self, "eta_start", 0 < self.eta_start <= 1, "in (0, 1]")
-        _require(self, "eta_max", self.eta_start <= self.eta_max <= 1, f"in [eta_start={self.eta_start}, 1]")
-        _require(self, "eta_step", self.eta_step >= 0, "at least 0")
-        _require(self, "eta_patience", self.eta_patience >= 1, "at least 1")
-        _require(self, "num_continuations", self.num_continuations >= 0, "at least 0")
-        _require(self, "normalizer", self.normalizer in get_args(Normalizer), "all or kept")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TempoConfig:
-    """Options of tree credit; see `stemma.rl.tempo`."""
-
-    tree_td_coef: float = 1.0
-    """Weight of the temporal difference at the branches of a group's prefix tree, >= 0; 0: GRPO. TEMPO: 1."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.tree_td_coef < float("inf"):
-            raise ValueError(f"tree_td_coef must be a finite number, at least 0; got {self.tree_td_coef!r}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrefixRLConfig:
-    """Options of PrefixRL, training on problems that begin with part of a solution (`stemma.rl.prefix_rl`)."""
-
-    grpo_options: ClassVar[Mapping[str, Any]] = {"scale_rewards": "none"}
-    """What the paper sets other than GRPO's defaults among the trainer's own options."""
-
-    cuts_per_problem: int = 3
-    """Prefixed problems made of each trace, >= 1."""
-    prefix_ratio_min: float = 0.4
-    """Shortest prefix as a fraction of the trace, in [0, prefix_ratio_max]."""
-    prefix_ratio_max: float = 0.8
-    """Longest prefix as a fraction of the trace, below 1: the end of an answer is never given away."""
-    include_unprefixed: bool = True
-    """Train on the plain problems too."""
-    too_long: TooLong = "error"
-    """Refuse prefixed problems that leave no room for a completion (error), or leave them out (skip)."""
-
-    def __post_init__(self) -> None:
-        _require(self, "cuts_per_problem", self.cuts_per_problem >= 1, "at least 1")
-        _require(self, "prefix_ratio_max", 0 <= self.prefix_ratio_max < 1, "in [0, 1)")
-        valid = 0 <= self.prefix_ratio_min <= self.prefix_ratio_max
-        _require(self, "prefix_ratio_min", valid, f"in [0, prefix_ratio_max={self.prefix_ratio_max}]")
-        _require(self, "too_long", self.too_long in get_args(TooLong), "error or skip")

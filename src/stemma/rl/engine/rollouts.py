@@ -99,7 +99,7 @@ class RolloutCollector:
 
         started = time.perf_counter()
         batch.advantages = checked_advantages(self.credit(batch), len(batch))
-        batch.continuations = None
+        batch.extras = {name: value for name, value in batch.extras.items() if isinstance(value, Tensor)}
         batch = batch.to(self.accelerator.device)
         forwarded = self._score_and_mask(batch, step)
         (total,) = sum_over_processes(self.accelerator, [forwarded])
@@ -115,8 +115,8 @@ class RolloutCollector:
         sampled = time.perf_counter()
         values = self.reward(rows, batch)
         different = different_rewards(batch)
-        for part in (batch, batch.continuations):
-            if part is not None and self.config.soft_punish_cache:
+        for part in (batch, *batch.further):
+            if self.config.soft_punish_cache:
                 assert part.reward is not None
                 part.reward = part.reward + self._overlong(part)
         self.generations += 1
@@ -171,11 +171,13 @@ class RolloutCollector:
             batch.norm_mask = normaliser(batch) & allowed
 
     def reward(self, rows: Sequence[Row], batch: RolloutBatch) -> list[list[float | None]]:
-        """Set `batch.reward`, and that of its continuations; return the values per function."""
-        values = score_completions(self.reward_funcs, rows, batch, self.decode)
+        """Set `batch.reward`, and that of its further completions; return the values per function."""
+        values: list[list[float | None]] = [[] for _ in self.reward_funcs]
+        if len(batch):
+            values = score_completions(self.reward_funcs, rows, batch, self.decode)
         batch.reward = torch.tensor(weighted_rewards(values, self.reward_weights), dtype=torch.float64)
-        if batch.continuations is not None:
-            self.reward([rows[group] for group in batch.group_id.tolist()], batch.continuations)
+        for further in batch.further:
+            self.reward([rows[group] for group in batch.group_id.tolist()], further)
         return values
 
     def evaluate(self, rows: Sequence[Row], num_generations: int) -> dict[str, float]:
@@ -213,12 +215,11 @@ class RolloutCollector:
     def _token_metrics(self, batch: RolloutBatch) -> dict[str, float]:
         lengths = batch.completion_mask.sum(-1)
         sums: list[float] = [len(batch), lengths.sum().item(), batch.truncated.sum().item(), 0.0, 0.0, 0.0]
-        for part in (batch, batch.continuations):
-            if part is not None:
-                prompts = torch.tensor([len(ids) for ids in part.prompt_ids])[part.group_id.cpu()]
-                sums[3] += part.sampled_mask.sum().item()
-                sums[4] += part.encoded_tokens
-                sums[5] += (prompts + part.completion_mask.sum(-1).cpu() - 1).sum().item()
+        for part in (batch, *batch.further):
+            prompts = torch.tensor([len(ids) for ids in part.prompt_ids])[part.group_id.cpu()]
+            sums[3] += part.sampled_mask.sum().item()
+            sums[4] += part.encoded_tokens
+            sums[5] += (prompts + part.completion_mask.sum(-1).cpu() - 1).sum().item()
         rows, tokens, truncated, sampled, encoded, repeated = sum_over_processes(self.accelerator, sums)
         metrics = {
             "completions/mean_length": tokens / rows,

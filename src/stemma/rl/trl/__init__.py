@@ -28,15 +28,15 @@ Differences from stock TRL to know about:
   refused by name. (TRL's `disable_dropout` reaches dropout layers, but not an `attention_dropout` of the config.)
 
 Two arguments are its own. `max_tokens` is the most tokens in one forward: a slice with more distinct tokens is
-streamed, in memory independent of the number of completions. `tree_td_coef` (`GRPOTrainer` only; TEMPO: 1.0, None: off)
-adds the temporal differences of each group's prefix tree to TRL's advantages; see `stemma.rl.tempo`. Where nothing
+streamed, in memory independent of the number of completions. `tree_td_coef` (`GRPOTrainer` only; None: off)
+adds, with this weight, the temporal differences of each group's prefix tree to TRL's advantages. Where nothing
 branches, and in the table of logged completions, TRL's advantages stay as they are, to the bit. Options under which the
 credit of a token would not reach this token are refused by name.
 
 Rows may give their prompt as token ids, in the format of Stemma's own trainer: with a column `prompt_ids` nothing is
 tokenized again, and `prompt` is optional (the decoded question). Where `prefix_ids` holds the tail of `prompt_ids` that
-belongs to the answer (PrefixRL), reward functions get it as the beginning of the completion, and `prompt_ids` without
-it; rows for evaluation must have none. The rows of `stemma.rl.prefix_rl.build_prefixed_problems` are of this format.
+belongs to the answer, reward functions get it as the beginning of the completion, and `prompt_ids` without
+it; rows for evaluation must have none.
 
 Choose `per_device_train_batch_size` as a multiple of `num_generations`: a group that is cut between two slices has its
 prompt encoded in both.

@@ -10,7 +10,6 @@ from stemma.errors import InvalidDataError, StemmaError
 from stemma.models.limits import vocabulary_size
 from stemma.prefix.values import ValueTree
 from stemma.rl.engine.advantages import reward_scale
-from stemma.rl.engine.options import TempoConfig
 from stemma.rl.engine.rewards import question_and_beginning
 
 __all__ = ["TokenPrompts", "TreeCredit", "refuse_tree_credit"]
@@ -89,7 +88,7 @@ class TokenPrompts(_Trainer):
 
 
 class TreeCredit(_Trainer):
-    """TRL's advantages plus the temporal differences of the prefix tree of each group (TEMPO), as (B, T)."""
+    """TRL's advantages plus the temporal differences of the prefix tree of each group, as (B, T)."""
 
     tree_td_coef: float | None
 
@@ -136,7 +135,8 @@ class TreeCredit(_Trainer):
 def refuse_tree_credit(trainer: Any) -> None:
     """Raise `StemmaError` for the options of TRL under which the credit of a token would not reach this token."""
     name, args = type(trainer).__name__, trainer.args
-    TempoConfig(tree_td_coef=trainer.tree_td_coef)
+    if not 0 <= trainer.tree_td_coef < float("inf"):
+        raise ValueError(f"tree_td_coef must be a finite number, at least 0; got {trainer.tree_td_coef!r}")
     if name == "RLOOTrainer":
         raise StemmaError(
             "tree_td_coef does not go with RLOOTrainer, whose one ratio per completion spreads the credit of a token "
