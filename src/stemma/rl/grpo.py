@@ -1,10 +1,10 @@
 """GRPO: reinforcement learning from groups of completions, each shared prompt encoded once.
 
-For every prompt, ``G`` completions are sampled and rewarded; the advantage of completion ``i`` is
-``A_i = (r_i - mean r) / (std r + 1e-4)`` within its group, and each token's loss is the clipped policy gradient
-``-min(rho A, clip(rho, 1 - epsilon, 1 + epsilon_high) A) + beta KL`` with ``rho = pi / pi_old``. The G completions
-repeat one prompt, and often each other's beginnings: the forward and backward run over the prefix tree of the whole
-micro-batch, in which every shared token appears once, with the same result.
+For every prompt, `G` completions are sampled and rewarded; the advantage of completion `i` is `A_i = (r_i - mean r) /
+(std r + 1e-4)` within its group, and each token's loss is the clipped policy gradient `-min(rho A, clip(rho, 1 -
+epsilon, 1 + epsilon_high) A) + beta KL` with `rho = pi / pi_old`. The G completions repeat one prompt, and often each
+other's beginnings: the forward and backward run over the prefix tree of the whole micro-batch, in which every shared
+token appears once, with the same result.
 
 Source: "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models", 2024, arXiv 2402.03300;
 variants Dr. GRPO (2503.20783), DAPO (2503.14476), GSPO (2507.18071), CISPO (2506.13585), RLOO (2402.14740), see
@@ -15,8 +15,8 @@ No `run`: it is the baseline of this room's reproductions, and benchmarks/speed.
 What we changed: the denominators of every loss but bnpo are those of the whole optimiser batch over all processes, so
 accumulation and process count do not change the loss; a group is never split between micro-batches or processes;
 prompts are token ids and never travel through text. Under FSDP2 every process holds a whole copy of the policy while it
-samples (see `stemma.train.sharding`). Option names and meanings follow TRL 1.16's `GRPOConfig`, without
-the prefix `vllm_` where any sampler is meant.
+samples (see `stemma.train.sharding`). Option names and meanings follow TRL 1.16's `GRPOConfig`, without the prefix
+`vllm_` where any sampler is meant.
 
 ```python
 from stemma.models.tiny import byte_tokenizer, tiny_model

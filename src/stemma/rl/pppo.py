@@ -1,11 +1,12 @@
 """PPPO: train only on the beginning of each output, judged by several continuations; a beginning that grows.
 
-For models whose early tokens decide the outcome while the rest follows by itself ("beginning lock-in": P(correct | the
-beginning of a correct output) > P(correct) > P(correct | that of a wrong one); `beginning_lock_in` measures it on your
-model). Few tokens are optimised and their reward is steadier, at the price of ``1 + num_continuations`` samples each.
+Use it for models whose early tokens decide the outcome while the rest follows by itself ("beginning lock-in": P(correct
+| the beginning of a correct output) > P(correct) > P(correct | that of a wrong one); `beginning_lock_in` measures it on
+your model). Few tokens are optimised and their reward is steadier, at the price of `1 + num_continuations` samples
+each.
 
 Source: "Well Begun, Half Done: Reinforcement Learning with Prefix Optimization for LLM Reasoning", 2025, arXiv
-2512.15274 (AAAI 2026; no code). With its symbols and, in brackets, our names::
+2512.15274 (AAAI 2026; no code). With its symbols and, in brackets, our names:
 
     o_1..o_N ~ pi_old(. | q)            b_i = first floor(eta |o_i|) tokens of o_i        [`PrefixRetention`]
     c_i,1..c_i,G ~ pi_old(. | q, b_i)                                                     [num_continuations]
@@ -13,14 +14,14 @@ Source: "Well Begun, Half Done: Reinforcement Learning with Prefix Optimization 
     J = 1 / sum_k |o_k|  sum_i sum_{t <= |b_i|} min(rho A_i, clip(rho, .8, 1.28) A_i)     [`RetainedMask`]
     eta = .15, and .05 more whenever evaluation did not improve, up to .35                [eta_start, _step, _max]
 
-The clip range is ``epsilon=0.2, epsilon_high=0.28`` in the trainer's options, N its num_generations (paper: 8).
+The clip range is `epsilon=0.2, epsilon_high=0.28` in the trainer's options, N its num_generations (paper: 8).
 
 What we changed, and why: at least one token is retained. An output whose beginning is the whole output has nothing to
 continue; its continuations are empty and count with the output's own reward. Where some of the 1 + G rewards of a
 beginning cannot be scored, R_i is 1 + G times the mean of the others, so that rows stay comparable; without any it is
 unscorable too. The training forward ends behind the last retained token, which changes no number. A stall is an
-evaluation without a new best; the paper does not say how it counts. It feeds evaluation back into training: evaluate
-on problems that the final figure does not use.
+evaluation without a new best; the paper does not say how it counts. It feeds evaluation back into training: evaluate on
+problems that the final figure does not use.
 
 Problem, beginnings, continuations are a prefix tree of three levels; sampling encodes the problem once. Relations: tree
 credit may be the wrapped credit. Rows with forced tokens (Prefix-RFT) are refused, for their beginning was not sampled.

@@ -1,12 +1,12 @@
 """Prefix-RFT: some rollouts of a group begin with a piece of a demonstration, and learn from it what is uncertain.
 
-For problems with a demonstration that sampling alone rarely solves. Of the G completions of a prompt, G - 1 are sampled
-freely and one continues the first L tokens of the demonstration; the verifier judges the whole text, and the row is
-trained on like the others, its forced tokens included. Supervised and reinforcement learning in one loss, at no extra
-rollout.
+Use it for problems with a demonstration that sampling alone rarely solves. Of the G completions of a prompt, G - 1 are
+sampled freely and one continues the first L tokens of the demonstration; the verifier judges the whole text, and the
+row is trained on like the others, its forced tokens included. Supervised and reinforcement learning in one loss, at no
+extra rollout.
 
 Source: "Blending Supervised and Reinforcement Fine-Tuning with Prefix Sampling", 2025, arXiv 2507.01679v3, and the
-released code (github.com/ZeroYuHuang/prefix_rft). With its symbols and, in brackets, our names::
+released code (github.com/ZeroYuHuang/prefix_rft). With its symbols and, in brackets, our names:
 
     l ~ U(low_t, high)                    L = min(floor(l |y*|), |y*| - 1)        [prefix_ratio_*, `prefix_length`]
     low_t = end + (start - end) (1 + cos(pi t / T)) / 2                           [`ratio_low`], T = max_steps
@@ -15,7 +15,7 @@ released code (github.com/ZeroYuHuang/prefix_rft). With its symbols and, in brac
     forced tokens outside the top k of the entropies of forced tokens: no loss    [`EntropyMask`, entropy_quantile]
     ratio of every token, forced ones too: pi / pi_old, clipped as in PPO         [the trainer's; not pi / pi_off]
 
-The released configuration also has the dual clip, ``delta=3`` in the trainer's options. prefix_advantage="reference" is
+The released configuration also has the dual clip, `delta=3` in the trainer's options. prefix_advantage="reference" is
 the advantage of the released code, where a row with a prefix is a group of its own: its continuation gets its bare
 reward (never negative for rewards of 0 and 1), its prefix the reward minus the mean of the rows without a prefix.
 

@@ -1,12 +1,13 @@
 """PrefixRL: reinforcement learning on hard problems that begins where an earlier success left off.
 
-What for: where a problem is never solved, every reward is 0 and there is nothing to learn from. One correct solution of
-it, found by long rejection sampling or by another model, is cut off part of the way and given to the policy as context:
-from there it succeeds often enough to learn, and what it learns carries over to the problem without the prefix.
+Use it where a problem is never solved, so that every reward is 0 and there is nothing to learn from. One correct
+solution of it, found by long rejection sampling or by another model, is cut off part of the way and given to the policy
+as context: from there it succeeds often enough to learn, and what it learns carries over to the problem without the
+prefix.
 
 Source: "Reuse your FLOPs: Scaling RL on Hard Problems by Conditioning on Very Off-Policy Prefixes", 2026, arXiv
-2601.18795. With one verified trace ``y_x`` (`Trace.trace_ids`) for each hard problem ``x`` (`Trace.prompt_ids`), drawn
-once and then frozen:
+2601.18795. With one verified trace `y_x` (`Trace.trace_ids`) for each hard problem `x` (`Trace.prompt_ids`), drawn once
+and then frozen:
 
     D_pre: for each x, 3 (`cuts_per_problem`) prefixed problems x ⊕ y_x[:h],  h ~ U(0.4, 0.8) |y_x|  (`ratio`)
     max    Σ_{D_pre} E_{y ~ π(· | x ⊕ y_x[:h])} r(x, y_x[:h] ⊕ y)  +  Σ_D E_{y ~ π(· | x)} r(x, y)             (Eq. 3.1)
@@ -16,8 +17,8 @@ sampled uniformly over the union, so 3 prefixed problems to 1 plain one. The pre
 as the beginning of the completion (`prefix_ids`). The policy gradient has the group's mean as its baseline: train with
 `grpo.Config(scale_rewards="none")`, as `Config.defaults` says. Evaluate without prefixes.
 
-What we changed: ``h`` is uniform over the whole numbers of tokens within the ratio, so that it never leaves it; cuts
-can be restricted to boundaries; traces are kept as token ids from sampling to training. We estimate sampling at 2ND
+What we changed: `h` is uniform over the whole numbers of tokens within the ratio, so that it never leaves it; cuts can
+be restricted to boundaries; traces are kept as token ids from sampling to training. We estimate sampling at 2ND
 operations as the paper does, with D all sampled tokens and each prompt once per round.
 
 Relations: a choice of prompts alone, so any rollout, credit (such as the tree credit of TEMPO) and loss of the trainer

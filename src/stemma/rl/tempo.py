@@ -1,25 +1,23 @@
 """TEMPO: credit for the tokens at which the completions of a group part.
 
-For whom wants to know *where* a completion was won or lost without a value network and without further samples. The
+Use it to credit the tokens where a completion was won or lost, without a value network and without further samples. The
 completions of a prompt make a prefix tree; the mean reward of the completions that begin with a prefix estimates the
 value of that prefix. The step of this value from one token to the next is added to GRPO's advantage.
 
 Source: "Exploiting Tree Structure for Credit Assignment in RL Training of LLMs", 2025, arXiv 2509.18314 (P2T and TEMPO;
-no code was published). State ``s_t`` is the prompt with the first ``t - 1`` tokens of completion ``i``:
+no code was published). State `s_t` is the prompt with the first `t - 1` tokens of completion `i`:
 
-====================================================  ==================================================================
-the paper                                             here
-====================================================  ==================================================================
-``D(s)``, descendants of a prefix                     completions of the group through a node of `ValueTree.tree`
-``V(s) = mean of r_j over D(s)``                      `ValueTree.value`; `ValueTree.states` per token
-``delta_t = V(s_{t+1}) - V(s_t)``                     `ValueTree.differences`; not 0 only at the first token of a node
-``A_t = ((r_i - mean r) + delta_t) / std r``          `tree_td_advantages`, with `tree_td_coef` before ``delta_t``
-====================================================  ==================================================================
+| the paper | here |
+|---|---|
+| `D(s)`, descendants of a prefix | completions of the group through a node of `ValueTree.tree` |
+| `V(s) = mean of r_j over D(s)` | `ValueTree.value`; `ValueTree.states` per token |
+| `delta_t = V(s_{t+1}) - V(s_t)` | `ValueTree.differences`; not 0 only at the first token of a node |
+| `A_t = ((r_i - mean r) + delta_t) / std r` | `tree_td_advantages`, with `tree_td_coef` before `delta_t` |
 
-Where nothing branches, ``A_t`` is the advantage of GRPO to the last bit. The differences of a completion add up to
-``V(its end) - mean r``, so that it is credited twice: once evenly, once at its branches. Over the completions through a
-node they add up to zero. Behind the last branch a value is the one reward itself, noise and all: the method lives on
-completions that share much, which `ValueTree.metrics` measures.
+Where nothing branches, `A_t` is the advantage of GRPO to the last bit. The differences of a completion add up to the
+value of its end less `mean r`, so that it is credited twice: once evenly, once at its branches. Over the completions
+through a node they add up to zero. Behind the last branch a value is the one reward itself, with its noise, so the
+method needs completions that share much, which `ValueTree.metrics` measures.
 
 What we changed: the coefficient; the unbiased standard deviation plus 1e-4 (the paper does not say which), the one of
 GRPO here; an unscorable (NaN) reward leaves every mean alone and its completion gets 0. The end token is a token like
