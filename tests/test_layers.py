@@ -39,6 +39,7 @@ THIRD_PARTY = {
     "attention": NUMERIC,
     "cache": NUMERIC | {"safetensors"},
     "models": NUMERIC | {"accelerate", "safetensors", "tokenizers", "transformers"},
+    "search": {"Stemmer", "bm25s", "faiss", "numpy", "sentence_transformers"},
 }
 # Inside transformers, only these rooms; of TRL, only this one.
 INTERNALS = {"transformers": {"models", "scoring", "decode", "census"}, "trl": {"rl.trl"}}
