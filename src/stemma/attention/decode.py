@@ -1,17 +1,17 @@
 """Attention of new tokens to a tree of shared prefixes and to their own rows: rectangles, merged by log-sum-exp.
 
 While decoding, the keys that several rows share are read once for all of them: their queries are stacked, so that many
-matrix-vector products become one matrix product (Hydragen, arXiv 2402.05099, section 3). Over key segments ``t``, with
-scores ``s`` and values ``v``,
+matrix-vector products become one matrix product (Hydragen, arXiv 2402.05099, section 3). Over key segments `t`, with
+scores `s` and values `v`,
 
-    ``o_t = softmax(s_t) v_t``,  ``l_t = log sum exp(s_t)``,
-    ``l = log sum_t exp(l_t)``,  ``o = sum_t exp(l_t - l) o_t``,
+    o_t = softmax(s_t) v_t,  l_t = log sum exp(s_t),
+    l = log sum_t exp(l_t),  o = sum_t exp(l_t - l) o_t,
 
 exactly the softmax over all keys. A shared segment is a rectangle without a mask, since every query stands behind every
 prefix key. Grouped query heads and the new tokens of a row are folded into the rows of the rectangle, so a segment of
-``R`` rows is one product of ``R x n x group`` queries with each key head.
+`R` rows is one product of `R x n x group` queries with each key head.
 
-The log-sum-exp of the fused kernels has no gradient, so this is for decoding only; :mod:`stemma.attention.tree` trains.
+The log-sum-exp of the fused kernels has no gradient, so this is for decoding only; `stemma.attention.tree` trains.
 """
 
 from collections.abc import Sequence
@@ -30,11 +30,11 @@ class Segment:
     """Keys that some of the queries share."""
 
     key: Tensor
-    """``(1, key_value_heads, P, head_dim)``, at least one key."""
+    """`(1, key_value_heads, P, head_dim)`, at least one key."""
     value: Tensor
-    """Like ``key``."""
+    """Like `key`."""
     queries: slice | Tensor
-    """Which queries see them, numbered row by row, token by token (query ``t`` of row ``r`` is ``r * n + t``), in the
+    """Which queries see them, numbered row by row, token by token (query `t` of row `r` is `r * n + t`), in the
     order of the tree: a slice or an int64 index, not empty."""
 
 
@@ -42,10 +42,10 @@ def merge(output: Tensor, log_sum_exp: Tensor, other: Tensor, other_log_sum_exp:
     """Attention over two sets of keys, from the attention over each: associative and commutative.
 
     Args:
-        output: ``(..., head_dim)``, attention over the first set.
-        log_sum_exp: ``(...)``, its log-sum-exp; -inf where it has no visible key (then ``output`` must be finite).
-        other: attention over the second set, like ``output``.
-        other_log_sum_exp: like ``log_sum_exp``.
+        output: `(..., head_dim)`, attention over the first set.
+        log_sum_exp: `(...)`, its log-sum-exp; -inf where it has no visible key (then `output` must be finite).
+        other: attention over the second set, like `output`.
+        other_log_sum_exp: like `log_sum_exp`.
 
     Returns:
         Output and log-sum-exp over both sets.
@@ -68,25 +68,25 @@ def decode_attention(
     sinks: Tensor | None = None,
     partial: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Attention of the ``n`` new tokens of every row to shared segments and to the row's own keys.
+    """Attention of the `n` new tokens of every row to shared segments and to the row's own keys.
 
     Args:
-        query: ``(rows, heads, n, head_dim)``.
-        key: ``(rows, key_value_heads, U, head_dim)``, each row's own keys, those of the new tokens last.
-        value: like ``key``.
+        query: `(rows, heads, n, head_dim)`.
+        key: `(rows, key_value_heads, U, head_dim)`, each row's own keys, those of the new tokens last.
+        value: like `key`.
         segments: what rows share; together with its own keys they cover each key of a query exactly once.
         scale: factor on the scores.
-        bias: ``(rows or 1, 1, n or 1, U)`` added to the scores of own keys, -inf hides (padding, and for ``n > 1`` the
+        bias: `(rows or 1, 1, n or 1, U)` added to the scores of own keys, -inf hides (padding, and for `n > 1` the
             later tokens); None when every query sees every own key. A query must see one own key.
-        order: ``(rows,)`` the row at each place of the tree and ``(rows,)`` the place of each row, where segments count
+        order: `(rows,)` the row at each place of the tree and `(rows,)` the place of each row, where segments count
             in another order than rows; else None.
-        softcap: ``c`` of ``c * tanh(score / c)``, or None.
-        sinks: ``(heads,)`` logits that take part in the softmax and carry no value, or None.
-        partial: attention over other keys, ``(rows, heads, n, head_dim)``, and its log-sum-exp ``(rows, heads, n)``,
+        softcap: `c` of `c * tanh(score / c)`, or None.
+        sinks: `(heads,)` logits that take part in the softmax and carry no value, or None.
+        partial: attention over other keys, `(rows, heads, n, head_dim)`, and its log-sum-exp `(rows, heads, n)`,
             -inf for none; or None.
 
     Returns:
-        ``(rows, n, heads, head_dim)`` in the type of ``query``.
+        `(rows, n, heads, head_dim)` in the type of `query`.
     """
     rows, heads, new, dim = query.shape
     key_heads = key.shape[1]
@@ -120,7 +120,7 @@ def _shared(
     order: tuple[Tensor, Tensor] | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Answers ``(rows, n, heads, head_dim)`` and ``(rows, n, heads)`` of the shared segments; log-sum-exp -inf where
+    """Answers `(rows, n, heads, head_dim)` and `(rows, n, heads)` of the shared segments; log-sum-exp -inf where
     no segment holds the query."""
     rows, heads, new, dim = query.shape
     group, count = heads // key_heads, rows * new
@@ -168,7 +168,7 @@ def reference_decode_attention(
     sinks: Tensor | None = None,
     partial: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """What :func:`decode_attention` computes, query by query over its keys laid end to end. For tests; same
+    """What `decode_attention` computes, query by query over its keys laid end to end. For tests; same
     arguments."""
     rows, heads, new, dim = query.shape
     group = heads // key.shape[1]

@@ -1,6 +1,6 @@
 """Tree attention through FlexAttention: a second CUDA backend, compiled, for any dtype and for soft-capping.
 
-Visibility is one comparison with one integer a key, ``k <= q < subtree_end[k]``; positions give the window. The block
+Visibility is one comparison with one integer a key, `k <= q < subtree_end[k]`; positions give the window. The block
 mask is built by a compiled kernel on CUDA, so no mask of tokens x tokens exists there. torch has no backward of
 FlexAttention on the CPU, so there this backend serves forward passes in tests only.
 """
@@ -34,7 +34,7 @@ def flex_tree_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Arguments and result as in :func:`stemma.attention.tree.tree_attention`."""
+    """Arguments and result as in `stemma.attention.tree.tree_attention`."""
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
     mask = _block_mask(layout, window, query.device)

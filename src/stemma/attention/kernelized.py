@@ -1,17 +1,17 @@
 """Attention over many keys by a feature map: kernelised softmax attention, merged with the ordinary kind.
 
-With a map ``phi`` such that ``phi(q) . phi(k)`` is about ``exp(scale * q . k)``, attention over many keys and values
+With a map `phi` such that `phi(q) . phi(k)` is about `exp(scale * q . k)`, attention over many keys and values
 takes two sums over it, however many there are (NTK-Attention, arXiv 2406.14036):
 
-    ``Z = sum_j phi(k_j) v_j^T``,  ``k = sum_j phi(k_j)``,
-    ``o_P = phi(q) Z / (phi(q) . k)``,  ``l_P = log(phi(q) . k)``.
+    Z = sum_j phi(k_j) v_j^T,  k = sum_j phi(k_j),
+    o_P = phi(q) Z / (phi(q) . k),  l_P = log(phi(q) . k).
 
-``(o_P, l_P)`` is one more term for the merge by log-sum-exp of :mod:`stemma.attention.tree`, exactly the paper's
-``(A V + phi(Q) Z) / (A 1 + phi(Q) k)`` without its exponentials. Sums are additive: those of a prefix are those of its
+`(o_P, l_P)` is one more term for the merge by log-sum-exp of `stemma.attention.tree`, exactly the paper's
+`(A V + phi(Q) Z) / (A 1 + phi(Q) k)` without its exponentials. Sums are additive: those of a prefix are those of its
 parts added up.
 
-A *positive* map is handled by its logarithm. Then the result is ordinary softmax attention to ``r`` features: feature
-``i`` has score ``log phi_i(q) + log k_i`` and value ``Z_i / k_i``, and is finite wherever softmax is. Polynomial maps
+A *positive* map is handled by its logarithm. Then the result is ordinary softmax attention to `r` features: feature
+`i` has score `log phi_i(q) + log k_i` and value `Z_i / k_i`, and is finite wherever softmax is. Polynomial maps
 have signed features; they follow the formula, and a sum that is not positive is an error.
 """
 
@@ -40,13 +40,13 @@ __all__ = [
 
 
 def elu_features(x: Tensor) -> Tensor:
-    """Logarithm of ``elu(x) + 1``: ``log(1 + x)`` above 0 and ``x`` below; same shape."""
+    """Logarithm of `elu(x) + 1`: `log(1 + x)` above 0 and `x` below; same shape."""
     return torch.log1p(x.clamp(min=0)) + x.clamp(max=0)
 
 
 def taylor_features(x: Tensor, degree: int) -> Tensor:
-    """``x (..., D)`` as all products of up to ``degree`` of its entries, ``(..., 1 + D + ... + D^degree)``: products of
-    two such rows are the exponential series ``sum_i (x . y)^i / i!`` up to that degree."""
+    """`x (..., D)` as all products of up to `degree` of its entries, `(..., 1 + D + ... + D^degree)`: products of
+    two such rows are the exponential series `sum_i (x . y)^i / i!` up to that degree."""
     parts = [torch.ones_like(x[..., :1])]
     for power in range(1, degree + 1):
         parts.append((parts[-1][..., None] * x[..., None, :]).flatten(-2) / math.sqrt(power))
@@ -57,12 +57,12 @@ def random_features(x: Tensor, projection: Tensor) -> Tensor:
     """Logarithm of positive random features (Performer, arXiv 2009.14794, lemma 1).
 
     Args:
-        x: ``(..., D)``.
-        projection: ``(r, D)``, standard normal rows.
+        x: `(..., D)`.
+        projection: `(r, D)`, standard normal rows.
 
     Returns:
-        ``(..., r)``: ``w . x - |x|^2 / 2 - log(r) / 2``; over projections, the exponentials' products have the mean
-        ``exp(x . y)``.
+        `(..., r)`: `w . x - |x|^2 / 2 - log(r) / 2`; over projections, the exponentials' products have the mean
+        `exp(x . y)`.
     """
     return x @ projection.to(x).T - x.square().sum(-1, keepdim=True) / 2 - math.log(projection.shape[0]) / 2
 
@@ -72,9 +72,9 @@ class FeatureMap:
     """A feature map of queries and keys."""
 
     name: Literal["elu", "taylor", "random"] = "elu"
-    """``elu(x) + 1`` (the paper's code), the exponential series, or positive random features."""
+    """`elu(x) + 1` (the paper's code), the exponential series, or positive random features."""
     normalize: bool = True
-    """With "elu": divide by ``sqrt(D)``, so that a key with score 0 weighs 1 as in softmax, not ``D`` (the code)."""
+    """With "elu": divide by `sqrt(D)`, so that a key with score 0 weighs 1 as in softmax, not `D` (the code)."""
     degree: int = 1
     """Degree of "taylor", 1 to 3."""
     num_features: int = 256
@@ -90,16 +90,16 @@ class FeatureMap:
 
     @property
     def positive(self) -> bool:
-        """Whether all features are above 0; then :meth:`__call__` gives their logarithms."""
+        """Whether all features are above 0; then `__call__` gives their logarithms."""
         return self.name != "taylor"
 
     def size(self, head_dim: int) -> int:
-        """Number of features ``r``."""
+        """Number of features `r`."""
         sizes = {"elu": head_dim, "random": self.num_features}
         return sizes.get(self.name) or sum(head_dim**power for power in range(self.degree + 1))
 
     def projection(self, head_dim: int, seed: int) -> Tensor | None:
-        """The ``(r, D)`` float32 projection of "random", from a seed; None for other maps."""
+        """The `(r, D)` float32 projection of "random", from a seed; None for other maps."""
         if self.name != "random":
             return None
         generator = torch.Generator().manual_seed(seed)
@@ -109,12 +109,12 @@ class FeatureMap:
         """Features of queries or keys.
 
         Args:
-            x: ``(..., D)``.
+            x: `(..., D)`.
             scale: factor on the scores; each side takes its square root.
-            projection: see :meth:`projection`.
+            projection: see `projection`.
 
         Returns:
-            ``(..., r)`` in float32 at least: logarithms for a positive map, else the features.
+            `(..., r)` in float32 at least: logarithms for a positive map, else the features.
         """
         x = x.to(torch.promote_types(x.dtype, torch.float32)) * math.sqrt(scale)
         if self.name == "taylor":
@@ -127,20 +127,20 @@ class FeatureMap:
 
 
 class KernelSums(NamedTuple):
-    """The two sums over a set of keys; with a positive map ``log k`` and the features' mean values ``Z / k``."""
+    """The two sums over a set of keys; with a positive map `log k` and the features' mean values `Z / k`."""
 
     key: Tensor
-    """``(..., r)``: ``log k``, or ``k`` for a signed map."""
+    """`(..., r)`: `log k`, or `k` for a signed map."""
     value: Tensor
-    """``(..., r, value_dim)``: ``Z / k``, or ``Z`` for a signed map."""
+    """`(..., r, value_dim)`: `Z / k`, or `Z` for a signed map."""
 
 
 def kernel_sums(features: Tensor, value: Tensor, *, positive: bool) -> KernelSums:
     """Sums over keys.
 
     Args:
-        features: ``(..., m, r)``, of the keys; logarithms for a positive map.
-        value: ``(..., m, value_dim)``.
+        features: `(..., m, r)`, of the keys; logarithms for a positive map.
+        value: `(..., m, value_dim)`.
         positive: of the map.
     """
     value = value.to(features.dtype)
@@ -153,15 +153,15 @@ def kernel_attention(features: Tensor, sums: KernelSums, *, positive: bool) -> t
     """Attention of queries over the summed keys, differentiable in everything.
 
     Args:
-        features: ``(..., queries, r)``, of the queries; logarithms for a positive map.
-        sums: see :func:`kernel_sums`; leading dimensions broadcast with those of ``features``.
+        features: `(..., queries, r)`, of the queries; logarithms for a positive map.
+        sums: see `kernel_sums`; leading dimensions broadcast with those of `features`.
         positive: of the map.
 
     Returns:
-        ``o_P (..., queries, value_dim)`` and ``l_P (..., queries)``.
+        `o_P (..., queries, value_dim)` and `l_P (..., queries)`.
 
     Raises:
-        UnsupportedModelError: a signed map whose ``phi(q) . k`` is not positive.
+        UnsupportedModelError: a signed map whose `phi(q) . k` is not positive.
     """
     key, value = sums.key.to(features.dtype), sums.value.to(features.dtype)
     if positive:
@@ -191,18 +191,18 @@ def attention_with_partial(
     """Attention over keys, merged with attention over others, with exact gradients through both log-sum-exps.
 
     Args:
-        query: ``(rows, heads, queries, D)``.
-        key: ``(rows, key_value_heads, keys, D)``, at least one key.
-        value: like ``key``.
-        partial: ``(rows, heads, queries, D)``, attention over the other keys.
-        partial_sums: ``(rows, heads, queries)``, its log-sum-exp; -inf for none.
+        query: `(rows, heads, queries, D)`.
+        key: `(rows, key_value_heads, keys, D)`, at least one key.
+        value: like `key`.
+        partial: `(rows, heads, queries, D)`, attention over the other keys.
+        partial_sums: `(rows, heads, queries)`, its log-sum-exp; -inf for none.
         scale: factor on the scores.
-        causal: query ``i`` sees keys ``0..i``.
-        bias: ``(rows or 1, 1, queries or 1, keys)`` added to the scores, -inf hides; rows may be hidden as a whole.
-        softcap: ``c`` of ``c * tanh(score / c)``, or None.
+        causal: query `i` sees keys `0..i`.
+        bias: `(rows or 1, 1, queries or 1, keys)` added to the scores, -inf hides; rows may be hidden as a whole.
+        softcap: `c` of `c * tanh(score / c)`, or None.
 
     Returns:
-        ``(rows, heads, queries, D)`` in the type of ``value``.
+        `(rows, heads, queries, D)` in the type of `value`.
     """
     merged: Tensor = _AttentionWithPartial.apply(query, key, value, partial, partial_sums, bias, causal, scale, softcap)
     return merged
@@ -220,7 +220,7 @@ def reference_attention_with_partial(
     bias: Tensor | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """What :func:`attention_with_partial` computes: one softmax in which the other keys are one more key. For tests."""
+    """What `attention_with_partial` computes: one softmax in which the other keys are one more key. For tests."""
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     scores = query @ key.transpose(-1, -2) * scale
     if softcap is not None:
@@ -234,7 +234,7 @@ def reference_attention_with_partial(
 
 
 class _AttentionWithPartial(torch.autograd.Function):
-    """The block's backward with the merged output and log-sum-exp is exact, see :mod:`stemma.attention.kernels`."""
+    """The block's backward with the merged output and log-sum-exp is exact, see `stemma.attention.kernels`."""
 
     @staticmethod
     def forward(

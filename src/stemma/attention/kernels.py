@@ -1,8 +1,8 @@
-"""Attention of one block: ``(output, log_sum_exp)`` forward, and the exact backward given the *merged* output.
+"""Attention of one block: `(output, log_sum_exp)` forward, and the exact backward given the *merged* output.
 
-The backward of a fused attention kernel rebuilds the probabilities as ``exp(score - log_sum_exp)`` and the row term as
-``sum(grad_output * output)``. Handed the log-sum-exp and output of the *whole* row instead of the block's own, both are
-those of the whole softmax, so the block's gradients are exact and no one differentiates through the merge.
+The backward of a fused attention kernel rebuilds the probabilities as `exp(score - log_sum_exp)` and the row term as
+`sum(grad_output * output)`. Handed the log-sum-exp and output of the *whole* row instead of the block's own, both are
+those of the whole softmax, so the block's gradients are exact and nothing is differentiated through the merge.
 
 Two kernels: torch's fused CPU attention, which takes grouped queries as they are, and plain math in slices of bounded
 size for what no fused kernel offers here (soft-capped scores, other devices).
@@ -41,18 +41,18 @@ def block_forward(
     """Attention of one block.
 
     Args:
-        query: ``(blocks, heads, queries, head_dim)``.
-        key: ``(blocks, key_value_heads, keys, head_dim)``; ``heads`` is a multiple of ``key_value_heads``. At least one
+        query: `(blocks, heads, queries, head_dim)`.
+        key: `(blocks, key_value_heads, keys, head_dim)`; `heads` is a multiple of `key_value_heads`. At least one
             key: torch's fused kernel ends the process on none.
-        value: like ``key``.
-        causal: query ``i`` sees keys ``0..i`` (then there are as many keys as queries), else all keys.
+        value: like `key`.
+        causal: query `i` sees keys `0..i` (then there are as many keys as queries), else all keys.
         scale: factor on the scores.
-        softcap: ``c`` of ``c * tanh(score / c)``, or None.
-        bias: ``(blocks or 1, 1, queries or 1, keys)``, added to the scores (after soft-capping), of their dtype; -inf
+        softcap: `c` of `c * tanh(score / c)`, or None.
+        bias: `(blocks or 1, 1, queries or 1, keys)`, added to the scores (after soft-capping), of their dtype; -inf
             hides. Every query must see a key: the fused kernel gives a row without any the log-sum-exp 0.
 
     Returns:
-        Output ``(blocks, heads, queries, head_dim)`` and log-sum-exp ``(blocks, heads, queries)``, the latter in
+        Output `(blocks, heads, queries, head_dim)` and log-sum-exp `(blocks, heads, queries)`, the latter in
         float32 (float64 for float64 input).
     """
     if softcap is None and query.device.type == "cpu":
@@ -78,13 +78,13 @@ def block_backward(
     softcap: float | None,
     bias: Tensor | None = None,
 ) -> Gradients:
-    """Gradients of one block, exact for the whole row when ``output`` and ``log_sum_exp`` are the merged ones.
+    """Gradients of one block, exact for the whole row when `output` and `log_sum_exp` are the merged ones.
 
     Args:
-        grad_output: ``(blocks, heads, queries, head_dim)``, gradient of the merged output.
-        query, key, value, causal, scale, softcap, bias: as in :func:`block_forward`.
-        output: merged output, like ``grad_output``.
-        log_sum_exp: merged log-sum-exp, ``(blocks, heads, queries)``.
+        grad_output: `(blocks, heads, queries, head_dim)`, gradient of the merged output.
+        query, key, value, causal, scale, softcap, bias: as in `block_forward`.
+        output: merged output, like `grad_output`.
+        log_sum_exp: merged log-sum-exp, `(blocks, heads, queries)`.
     """
     if softcap is None and query.device.type == "cpu":
         if bias is not None:
@@ -105,7 +105,7 @@ def in_own_precision(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def _grouped(query: Tensor, key_heads: int) -> Tensor:
-    """``(blocks, heads, queries, dim)`` as ``(blocks, key_heads, group, queries, dim)``."""
+    """`(blocks, heads, queries, dim)` as `(blocks, key_heads, group, queries, dim)`."""
     return query.unflatten(1, (key_heads, query.shape[1] // key_heads))
 
 
@@ -115,7 +115,7 @@ def _query_slices(query: Tensor, keys: int) -> list[slice]:
 
 
 def _scores(query: Tensor, key: Tensor, rows: slice, causal: bool, scale: float) -> Tensor:
-    """Scores of some query rows, ``(blocks, key_heads, group, rows, keys)``, before soft-capping; float32 at least."""
+    """Scores of some query rows, `(blocks, key_heads, group, rows, keys)`, before soft-capping; float32 at least."""
     wide = torch.promote_types(query.dtype, torch.float32)
     scores = (
         torch.einsum("bkgqd,bknd->bkgqn", _grouped(query, key.shape[1])[:, :, :, rows].to(wide), key.to(wide)) * scale

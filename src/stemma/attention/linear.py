@@ -2,21 +2,21 @@
 
 Source: "Just read twice: closing the recall gap for recurrent language models", 2024, arXiv 2407.05483, section 4.1
 (prefix linear attention); the feature map is that of "Simple linear attention language models balance the
-recall-throughput tradeoff" (Based), 2024, arXiv 2402.18668. With ``s = q . k / sqrt(f)`` for ``f`` numbers in a query,
-``phi(q) . phi(k) = 1 + s + s^2 / 2``, at least 1/2. A row whose first ``M`` tokens are its prefix gives
+recall-throughput tradeoff" (Based), 2024, arXiv 2402.18668. With `s = q . k / sqrt(f)` for `f` numbers in a query,
+`phi(q) . phi(k) = 1 + s + s^2 / 2`, at least 1/2. A row whose first `M` tokens are its prefix gives
 
-    ``y_i = phi(q_i) S_i / phi(q_i) . z_i``,
-    ``S_i = sum_{j <= i} phi(k_j) v_j^T + sum_{j < M} phi(e_j) u_j^T``,
-    ``z_i = sum_{j <= i} phi(k_j) + sum_{j < M} phi(e_j)``,
+    y_i = phi(q_i) S_i / phi(q_i) . z_i,
+    S_i = sum_{j <= i} phi(k_j) v_j^T + sum_{j < M} phi(e_j) u_j^T,
+    z_i = sum_{j <= i} phi(k_j) + sum_{j < M} phi(e_j),
 
-for every ``i``, also inside the prefix, with keys ``e`` and values ``u`` of the encoder (the paper's ``k^e``, ``v^e``).
-``M = 0`` is causal linear attention. ``(S, z)`` of the last token is all that decoding needs.
+for every `i`, also inside the prefix, with keys `e` and values `u` of the encoder (the paper's `k^e`, `v^e`).
+`M = 0` is causal linear attention. `(S, z)` of the last token is all that decoding needs.
 
-Three forms give the same numbers: :func:`reference_linear_attention` (quadratic), :func:`recurrent_linear_attention`
-(token by token) and :func:`chunked_linear_attention` (quadratic inside chunks, a state between them; what trains and
+Three forms give the same numbers: `reference_linear_attention` (quadratic), `recurrent_linear_attention`
+(token by token) and `chunked_linear_attention` (quadratic inside chunks, a state between them; what trains and
 prefills). In the last two the encoder's sums are where the state starts.
 
-What we changed: padding leaves out the keys after the map, not before it (``phi(0)`` is not 0, so that a masked key
+What we changed: padding leaves out the keys after the map, not before it (`phi(0)` is not 0, so that a masked key
 still counts in the published code); the prefix has its own length in each row; states are float32 at least.
 """
 
@@ -42,13 +42,13 @@ class LinearState(NamedTuple):
     """Sums over keys; those of two sets of keys add up."""
 
     value: Tensor
-    """``(batch, heads, F, D)``: ``sum phi(k) v^T``."""
+    """`(batch, heads, F, D)`: `sum phi(k) v^T`."""
     key: Tensor
-    """``(batch, heads, F)``: ``sum phi(k)``."""
+    """`(batch, heads, F)`: `sum phi(k)`."""
 
 
 def expanded_features(x: Tensor) -> Tensor:
-    """``phi``: ``x (..., f)`` as ``[1, x / f^(1/4), vec(x x^T) / sqrt(2 f)]``, ``(..., 1 + f + f^2)``.
+    """`phi`: `x (..., f)` as `[1, x / f^(1/4), vec(x x^T) / sqrt(2 f)]`, `(..., 1 + f + f^2)`.
 
     Returns:
         float32 at least: squares of large float16 numbers are no float16 numbers.
@@ -61,11 +61,11 @@ def prefix_mask(lengths: Tensor, mask: Tensor) -> Tensor:
     """Which tokens belong to the prefix of their row.
 
     Args:
-        lengths: ``(batch,)``, tokens of the prefix, padding not counted; more than the row has means all of it.
-        mask: ``(batch, T)`` bool, False at padding, on whichever side.
+        lengths: `(batch,)`, tokens of the prefix, padding not counted; more than the row has means all of it.
+        mask: `(batch, T)` bool, False at padding, on whichever side.
 
     Returns:
-        ``(batch, T)`` bool.
+        `(batch, T)` bool.
     """
     return mask & (mask.cumsum(dim=1) <= lengths[:, None])
 
@@ -74,9 +74,9 @@ def linear_state(key: Tensor, value: Tensor, mask: Tensor | None = None) -> Line
     """The sums over a set of keys.
 
     Args:
-        key: ``(batch, heads, T, f)``.
-        value: ``(batch, heads, T, D)``.
-        mask: ``(batch, T)`` bool, the keys that count; None: all.
+        key: `(batch, heads, T, f)`.
+        value: `(batch, heads, T, D)`.
+        mask: `(batch, T)` bool, the keys that count; None: all.
     """
     features = _masked(expanded_features(key), mask)
     return LinearState(features.transpose(-1, -2) @ value.to(features.dtype), features.sum(dim=-2))
@@ -92,17 +92,17 @@ def reference_linear_attention(
     prefix: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """The quadratic form: a weight ``1 + s + s^2 / 2`` for every pair. For tests and short sequences.
+    """The quadratic form: a weight `1 + s + s^2 / 2` for every pair. For tests and short sequences.
 
     Args:
-        query, key: ``(batch, heads, T, f)``.
-        value: ``(batch, heads, T, D)``.
+        query, key: `(batch, heads, T, f)`.
+        value: `(batch, heads, T, D)`.
         encoder_key, encoder_value: like `key` and `value`; read where `prefix` is True.
-        prefix: ``(batch, T)`` bool, see :func:`prefix_mask`; None: no prefix.
-        mask: ``(batch, T)`` bool, False at padding; None: no padding.
+        prefix: `(batch, T)` bool, see `prefix_mask`; None: no prefix.
+        mask: `(batch, T)` bool, False at padding; None: no padding.
 
     Returns:
-        ``(batch, heads, T, D)`` in the type of `value`; 0 at padding.
+        `(batch, heads, T, D)` in the type of `value`; 0 at padding.
     """
     wide = torch.promote_types(query.dtype, torch.float32)
     ones = torch.ones(query.shape[-2], query.shape[-2], dtype=torch.bool, device=query.device)
@@ -120,11 +120,11 @@ def recurrent_linear_attention(
     """Token by token: the state after each token is read by its query. What decodes.
 
     Args:
-        query, key, value, mask: see :func:`reference_linear_attention`.
+        query, key, value, mask: see `reference_linear_attention`.
         state: sums to begin with, as those of the encoder or of tokens before; None: empty.
 
     Returns:
-        ``(batch, heads, T, D)`` in the type of `value`, and the state after the last token.
+        `(batch, heads, T, D)` in the type of `value`, and the state after the last token.
     """
     state = state or _empty(query, value)
     outputs = []
@@ -150,12 +150,12 @@ def chunked_linear_attention(
     """Linear time in the number of tokens: pairs inside a chunk, the state between chunks.
 
     Args:
-        query, key, value, state, mask: see :func:`recurrent_linear_attention`.
-        chunk_size: tokens of a chunk, at least 1. Work per token is about ``F D`` for the state and ``chunk_size D``
+        query, key, value, state, mask: see `recurrent_linear_attention`.
+        chunk_size: tokens of a chunk, at least 1. Work per token is about `F D` for the state and `chunk_size D`
             for the pairs.
 
     Returns:
-        See :func:`recurrent_linear_attention`.
+        See `recurrent_linear_attention`.
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")

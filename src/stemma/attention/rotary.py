@@ -1,8 +1,8 @@
 """Rotary positions of keys that are already rotated: move them by an offset.
 
-Rotary embedding turns each pair of channels ``(a, b)`` of a key at position ``p`` by the angle ``p * f``, ``f`` the
-pair's frequency (RoFormer, arXiv 2104.09864, equation 34). Turning a stored key by ``offset * f`` is therefore the same
-as encoding it at ``p + offset``: turns add up. A factor on cosine and sine, as YaRN has it, is in the stored key
+Rotary embedding turns each pair of channels `(a, b)` of a key at position `p` by the angle `p * f`, `f` the
+pair's frequency (RoFormer, arXiv 2104.09864, equation 34). Turning a stored key by `offset * f` is therefore the same
+as encoding it at `p + offset`: turns add up. A factor on cosine and sine, as YaRN has it, is in the stored key
 already and must not come in again.
 """
 
@@ -16,15 +16,15 @@ def rotate(states: Tensor, offset: int | Tensor, frequencies: Tensor, *, interle
     """Rotated keys, moved.
 
     Args:
-        states: ``(..., T, D)`` keys.
-        offset: positions to move them by, of either sign; one for all, or ``(T,)``.
-        frequencies: ``(R,)`` radians per position of each pair.
-        interleaved: pairs are channels ``2 i`` and ``2 i + 1`` of the rotated part (GPT-J, GLM, Cohere); otherwise
-            channels ``i`` and ``R + i`` (Llama, GPT-NeoX).
-        first: first channel of the ``2 R`` rotated ones; the others stay.
+        states: `(..., T, D)` keys.
+        offset: positions to move them by, of either sign; one for all, or `(T,)`.
+        frequencies: `(R,)` radians per position of each pair.
+        interleaved: pairs are channels `2 i` and `2 i + 1` of the rotated part (GPT-J, GLM, Cohere); otherwise
+            channels `i` and `R + i` (Llama, GPT-NeoX).
+        first: first channel of the `2 R` rotated ones; the others stay.
 
     Returns:
-        Like ``states``; ``states`` itself is not written.
+        Like `states`; `states` itself is not written.
     """
     last = first + 2 * frequencies.shape[0]
     if not 0 <= first <= last <= states.shape[-1]:
@@ -43,7 +43,7 @@ def rotate(states: Tensor, offset: int | Tensor, frequencies: Tensor, *, interle
 def reference_rotate(
     states: Tensor, offset: int | Tensor, frequencies: Tensor, *, interleaved: bool, first: int = 0
 ) -> Tensor:
-    """What :func:`rotate` computes, pair by pair as complex numbers. For tests; same arguments."""
+    """What `rotate` computes, pair by pair as complex numbers. For tests; same arguments."""
     moved, pairs = states.clone(), frequencies.shape[0]
     for token in range(states.shape[-2]):
         by = float(torch.as_tensor(offset).expand(states.shape[-2])[token])

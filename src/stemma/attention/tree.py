@@ -1,13 +1,13 @@
 """Exact attention over a prefix tree, without masks.
 
-The packed row is cut into the blocks of :class:`stemma.prefix.layout.Layout`: causal squares and full rectangles. Each
-block gives output ``o_b`` and log-sum-exp ``l_b``; those of one query are merged by log-sum-exp,
+The packed row is cut into the blocks of `stemma.prefix.layout.Layout`: causal squares and full rectangles. Each
+block gives output `o_b` and log-sum-exp `l_b`; those of one query are merged by log-sum-exp,
 
-    ``l = log(sum_b exp(l_b))``,  ``o = sum_b exp(l_b - l) * o_b``,
+    l = log(sum_b exp(l_b)),  o = sum_b exp(l_b - l) * o_b,
 
-which is the softmax over all visible keys. The backward hands the *merged* ``o`` and ``l`` to each block's fused
-backward and adds up what comes back (see :mod:`stemma.attention.kernels`). An attention sink ``s`` (gpt-oss) is one
-more term: log-sum-exp ``s``, output zero; so is attention over a learned prefix (:mod:`stemma.attention.kernelized`).
+which is the softmax over all visible keys. The backward hands the *merged* `o` and `l` to each block's fused
+backward and adds up what comes back (see `stemma.attention.kernels`). An attention sink `s` (gpt-oss) is one
+more term: log-sum-exp `s`, output zero; so is attention over a learned prefix (`stemma.attention.kernelized`).
 
 Prefix Grouper (arXiv 2506.05433) is the tree of two levels; there the prefix's keys and values are repeated for each
 response. Here they are read where they lie, whatever the number of responses and levels.
@@ -47,22 +47,22 @@ def tree_attention(
     """Attention of every packed token to the tokens on its path.
 
     Args:
-        query: ``(1, heads, T, head_dim)``, floating point, rotary embedding applied.
-        key: ``(1, key_value_heads, C + T, head_dim)``, the context's keys first; ``heads`` is a multiple of
-            ``key_value_heads``.
-        value: ``(1, key_value_heads, C + T, value_dim)``.
+        query: `(1, heads, T, head_dim)`, floating point, rotary embedding applied.
+        key: `(1, key_value_heads, C + T, head_dim)`, the context's keys first; `heads` is a multiple of
+            `key_value_heads`.
+        value: `(1, key_value_heads, C + T, value_dim)`.
         layout: where the tokens stand.
-        scale: factor on the scores, default ``head_dim ** -0.5``.
-        window: a key is visible when ``position_query - position_key < window``; None for all.
-        softcap: ``c`` of ``c * tanh(score / c)``; None for none.
-        sinks: ``(heads,)`` logits that take part in the softmax and carry no value; None for none.
-        partial: attention over other keys, ``(1, heads, T, value_dim)``, and its log-sum-exp ``(1, heads, T)``; None
+        scale: factor on the scores, default `head_dim ** -0.5`.
+        window: a key is visible when `position_query - position_key < window`; None for all.
+        softcap: `c` of `c * tanh(score / c)`; None for none.
+        sinks: `(heads,)` logits that take part in the softmax and carry no value; None for none.
+        partial: attention over other keys, `(1, heads, T, value_dim)`, and its log-sum-exp `(1, heads, T)`; None
             for none. Not with "flex".
         backend: "blocks" (any device), "varlen" (CUDA, half precision) or "flex" (CUDA); None picks "varlen" where it
             applies, else "blocks".
 
     Returns:
-        ``(1, heads, T, value_dim)``, differentiable in ``query``, ``key``, ``value``, ``sinks`` and ``partial``.
+        `(1, heads, T, value_dim)`, differentiable in `query`, `key`, `value`, `sinks` and `partial`.
 
     Raises:
         ValueError: shapes that do not fit the layout, or an unknown backend.
@@ -122,7 +122,7 @@ def reference_tree_attention(
     sinks: Tensor | None = None,
     partial: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """What :func:`tree_attention` computes, with one dense mask over all pairs of tokens. For tests; same arguments."""
+    """What `tree_attention` computes, with one dense mask over all pairs of tokens. For tests; same arguments."""
     device, shift, tokens = query.device, layout.context, layout.num_tokens
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     position = torch.cat([torch.arange(shift), torch.from_numpy(layout.positions)]).to(device)
@@ -207,7 +207,7 @@ class _TreeAttention(torch.autograd.Function):
 
 
 def _pick(tensor: Tensor, rows: slice | Tensor, count: int) -> Tensor:
-    """Rows of ``(1, heads, tokens, ...)`` as ``(blocks, heads, rows, ...)``; a view for slices."""
+    """Rows of `(1, heads, tokens, ...)` as `(blocks, heads, rows, ...)`; a view for slices."""
     if isinstance(rows, slice):
         picked = tensor[:, :, rows]
         return picked if count == 1 else picked[0].unflatten(1, (count, -1)).transpose(0, 1)
@@ -217,7 +217,7 @@ def _pick(tensor: Tensor, rows: slice | Tensor, count: int) -> Tensor:
 
 
 def _rows_of(partial: Tensor, block: Block, index: slice | Tensor) -> tuple[Tensor, slice | Tensor]:
-    """Turn ``(blocks, heads, rows, ...)`` back into ``(1, heads, tokens, ...)``, with the rows it belongs to."""
+    """Turn `(blocks, heads, rows, ...)` back into `(1, heads, tokens, ...)`, with the rows it belongs to."""
     if isinstance(index, slice):
         return (partial if block.count == 1 else partial.transpose(0, 1).flatten(1, 2)[None]), index
     if index.dim() == 1:

@@ -1,10 +1,10 @@
-"""The blocks of a layout in a few variable-length calls: the CUDA way.
+"""The blocks of a layout in a few variable-length calls, for CUDA.
 
 A fused CUDA kernel wants few launches, so blocks whose queries do not overlap are put behind one another and computed
 by one variable-length call: for full attention one call for all squares and one for each level of inner nodes. Rows of
 a call are a view where they are contiguous, else gathered.
 
-The kernel is torch's FlashAttention (``torch.nn.attention.varlen``), in half precision. Its own autograd drops the
+The kernel is torch's FlashAttention (`torch.nn.attention.varlen`), in half precision. Its own autograd drops the
 gradient of the log-sum-exp, so forward and backward are called directly and the backward is handed the merged output.
 The schedule and the arithmetic are tested on any device with a kernel that loops over the segments.
 """
@@ -34,9 +34,9 @@ class Call:
     key: Rows
     """Key rows of all segments."""
     query_ends: Tensor
-    """``(segments + 1,)`` int32 cumulative query lengths."""
+    """`(segments + 1,)` int32 cumulative query lengths."""
     key_ends: Tensor
-    """``(segments + 1,)`` int32 cumulative key lengths."""
+    """`(segments + 1,)` int32 cumulative key lengths."""
     max_query: int
     """Longest query segment."""
     max_key: int
@@ -48,7 +48,7 @@ class Call:
 
 
 class Kernel(NamedTuple):
-    """A variable-length attention kernel on ``(tokens, heads, head_dim)``; log-sum-exp is ``(heads, tokens)`` "
+    """A variable-length attention kernel on `(tokens, heads, head_dim)`; log-sum-exp is `(heads, tokens)` "
     "float32."""
 
     forward: Callable[[Tensor, Tensor, Tensor, Call, float], tuple[Tensor, Tensor]]
@@ -108,7 +108,7 @@ def _rows(index: np.ndarray, device: torch.device) -> Rows:
 
 
 def _take(tensor: Tensor, rows: Rows) -> Tensor:
-    """Rows of ``(1, heads, tokens, dim)`` as ``(tokens, heads, dim)``."""
+    """Rows of `(1, heads, tokens, dim)` as `(tokens, heads, dim)`."""
     picked = tensor[0].transpose(0, 1)
     return picked[rows] if isinstance(rows, slice) else picked.index_select(0, rows)
 
@@ -128,7 +128,7 @@ def varlen_forward(
     window: int | None,
     kernel: Kernel | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Merged output ``(1, heads, T, head_dim)`` and log-sum-exp ``(1, heads, T)``, both float32 at least."""
+    """Merged output `(1, heads, T, head_dim)` and log-sum-exp `(1, heads, T)`, both float32 at least."""
     kernel = kernel or flash_kernel
     wide = torch.promote_types(query.dtype, torch.float32)
     heads, tokens, dim = query.shape[1:]

@@ -142,7 +142,7 @@ class AnchorPool:
             return tuple(self._anchors.get(placeholder, ()))
 
     def eligible(self, placeholder: str, length: int, origin: str) -> tuple[Anchor, ...]:
-        """Anchors that a text of ``length`` tokens can be compared with: those at least as long, of one origin."""
+        """Anchors that a text of `length` tokens can be compared with: those at least as long, of one origin."""
         return tuple(a for a in self.anchors(placeholder) if len(a.ids) >= length and a.origin == origin)
 
     def find(self, placeholder: str, ids: Sequence[int], origin: str) -> Anchor | None:
@@ -163,7 +163,7 @@ class AnchorPool:
         """Add a text, or another agent's deviation to it, and drop what is then too much.
 
         Returns:
-            Whether it was kept; an anchor that alone exceeds ``max_bytes`` is not.
+            Whether it was kept; an anchor that alone exceeds `max_bytes` is not.
         """
         following = None if deviation.following is None else _owned(deviation.following)
         base, deviation = _owned(base), Deviation(_owned(deviation.content), following)
@@ -188,7 +188,7 @@ class AnchorPool:
         self.evictions += 1
 
     def credit(self, anchors: Sequence[Anchor], closeness_A: Tensor, top_p: float) -> None:
-        """Count a use of the nearest anchors that together make up ``top_p`` of the closeness, one at least."""
+        """Count a use of the nearest anchors that together make up `top_p` of the closeness, one at least."""
         order = torch.argsort(closeness_A, descending=True, stable=True).tolist()
         total = 0.0
         with self._lock:
@@ -230,7 +230,7 @@ class AnchorPool:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> "AnchorPool":
-        """Read what :meth:`save` wrote. Whether it fits a model is asked by :meth:`bind`.
+        """Read what `save` wrote. Whether it fits a model is asked by `bind`.
 
         Raises:
             InvalidDataError: the file is missing, damaged, or of another format.

@@ -1,8 +1,8 @@
-"""Keys and values of one layer of which only some tokens are kept, and who decides which: attention mass.
+"""Keys and values of one layer of which only some tokens are kept, chosen by attention mass.
 
 Rows may keep different tokens, and different numbers of them; layers are independent of each other. Every stored token
-carries its position in its row, in ascending order, and that alone says who sees it: position ``k`` is visible from
-``q`` when ``0 <= k <= q`` (and ``q - k < window``). Negative positions are holes: padding, or room of rows that keep
+carries its position in its row, in ascending order, and that alone says which queries see it: position `k` is visible
+from `q` when `0 <= k <= q` (and `q - k < window`). Negative positions are holes: padding, or room of rows that keep
 less than the longest. Keys are stored with their rotary embedding, so a kept key stays where it was.
 
 The attention mass of a key is the sum of the probabilities that queries give it, the mean over query heads. It is
@@ -29,11 +29,11 @@ _SLICE_ELEMENTS = 1 << 22
 
 
 def visible(query_position: Tensor, key_position: Tensor, window: int | None) -> Tensor:
-    """Which keys each query sees, ``(rows, queries, keys)`` bool.
+    """Which keys each query sees, `(rows, queries, keys)` bool.
 
     Args:
-        query_position: ``(rows, queries)``; padding, which is negative, sees itself, as a softmax needs something.
-        key_position: ``(rows, keys)``, holes negative.
+        query_position: `(rows, queries)`; padding, which is negative, sees itself, as a softmax needs something.
+        key_position: `(rows, keys)`, holes negative.
         window: keys from this distance on are hidden; None: none are.
     """
     distance = query_position[:, :, None] - key_position[:, None]
@@ -54,16 +54,16 @@ def attention_mass(
     sinks: Tensor | None = None,
     slice_elements: int = _SLICE_ELEMENTS,
 ) -> Tensor:
-    """Attention that each key gets, ``(rows, keys)``: ``sum_i weight_i mean_h softmax(scores)_hij``.
+    """Attention that each key gets, `(rows, keys)`: `sum_i weight_i mean_h softmax(scores)_hij`.
 
     Args:
-        query: ``(rows, heads, queries, head_dim)``.
-        key: ``(rows, key_value_heads, keys, head_dim)``, those of the queries last.
-        query_position, key_position, window: see :func:`visible`.
-        weight: ``(rows, queries)``, 0 for queries that do not count; they cost nothing where no row has another.
+        query: `(rows, heads, queries, head_dim)`.
+        key: `(rows, key_value_heads, keys, head_dim)`, those of the queries last.
+        query_position, key_position, window: see `visible`.
+        weight: `(rows, queries)`, 0 for queries that do not count; they cost nothing where no row has another.
         scale: factor on the scores.
-        softcap: ``c`` of ``c * tanh(score / c)``, or None.
-        sinks: ``(heads,)`` logits that take part in the softmax, or None.
+        softcap: `c` of `c * tanh(score / c)`, or None.
+        sinks: `(heads,)` logits that take part in the softmax, or None.
         slice_elements: most scores at a time, but for those of one query.
 
     Returns:
@@ -93,11 +93,11 @@ def attention_mass(
 
 
 def priority(importance: np.ndarray, first: int, last: int) -> np.ndarray:
-    """Tokens of one row in the order in which they are kept, ``(N,)`` int64: the protected ones at both ends of the
+    """Tokens of one row in the order in which they are kept, `(N,)` int64: the protected ones at both ends of the
     row, then by importance; of equal ones the earlier.
 
     Args:
-        importance: ``(N,)``, finite and not negative.
+        importance: `(N,)`, finite and not negative.
         first: protected tokens at the beginning.
         last: protected tokens at the end.
 
@@ -121,7 +121,7 @@ def priority(importance: np.ndarray, first: int, last: int) -> np.ndarray:
 
 
 def retained_mass(importance: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Share of the importance that the first ``o`` tokens of an order hold, ``(N + 1,)`` for ``o = 0..N``."""
+    """Share of the importance that the first `o` tokens of an order hold, `(N + 1,)` for `o = 0..N`."""
     share = np.concatenate([np.zeros(1), np.cumsum(importance[order], dtype=np.float64)])
     # Rounding must not leave a complete layer below another one.
     return share / share[-1] if share[-1] > 0 else np.arange(share.size) / max(1, share.size - 1)
@@ -146,22 +146,22 @@ class KeptStates:
 
     @property
     def key(self) -> Tensor:
-        """``(rows, key_value_heads, length, head_dim)``."""
+        """`(rows, key_value_heads, length, head_dim)`."""
         return self._buffers[0][:, :, : self.length]
 
     @property
     def value(self) -> Tensor:
-        """Like :attr:`key`."""
+        """Like `key`."""
         return self._buffers[1][:, :, : self.length]
 
     @property
     def position(self) -> Tensor:
-        """``(rows, length)`` int32, ascending; holes are negative."""
+        """`(rows, length)` int32, ascending; holes are negative."""
         return self._buffers[2][:, : self.length]
 
     @property
     def mass(self) -> Tensor:
-        """``(rows, length)`` attention mass, where it is weighed."""
+        """`(rows, length)` attention mass, where it is weighed."""
         return self._buffers[3][:, : self.length]
 
     @property
@@ -198,16 +198,16 @@ class KeptStates:
         """Take in new tokens and attend from them.
 
         Args:
-            query: ``(rows, heads, n, head_dim)``.
-            key: ``(rows, key_value_heads, n, head_dim)`` of the new tokens.
-            value: ``(rows, key_value_heads, n, value_dim)``.
-            position: ``(rows, n)`` int32, behind all stored ones; padding on the left is negative.
-            weight: ``(rows, n)``, how much each query counts in the attention mass; None: nothing is weighed.
+            query: `(rows, heads, n, head_dim)`.
+            key: `(rows, key_value_heads, n, head_dim)` of the new tokens.
+            value: `(rows, key_value_heads, n, value_dim)`.
+            position: `(rows, n)` int32, behind all stored ones; padding on the left is negative.
+            weight: `(rows, n)`, how much each query counts in the attention mass; None: nothing is weighed.
             padded: some of the new tokens are padding.
-            scale, window, softcap, sinks: see :func:`attention_mass`.
+            scale, window, softcap, sinks: see `attention_mass`.
 
         Returns:
-            ``(rows, n, heads, value_dim)``.
+            `(rows, n, heads, value_dim)`.
         """
         value_dim, new = value.shape[-1], query.shape[2]
         key, value = even_heads(key, value)
@@ -238,7 +238,7 @@ class KeptStates:
         return output if output.shape[-1] == value_dim else output[..., :value_dim]
 
     def _bias(self, position: Tensor, end: int, window: int | None, dtype: torch.dtype) -> Tensor | None:
-        """What is added to the scores of the first ``end`` keys, None where all of them are seen."""
+        """What is added to the scores of the first `end` keys, None where all of them are seen."""
         if position.shape[1] == 1 and window is None and not self._holes:
             return None
         hidden = ~visible(position, self.position[:, :end], window)[:, None]
@@ -268,7 +268,7 @@ class KeptStates:
         self.length = at.stop
 
     def _rebuild(self, part: Callable[[Tensor], Tensor], used: int, room: int) -> None:
-        """Move a part of every buffer, of ``used`` columns, into a new one."""
+        """Move a part of every buffer, of `used` columns, into a new one."""
 
         def moved(x: Tensor) -> Tensor:
             kept = part(x)
@@ -311,10 +311,10 @@ class KeptStates:
         self.position.masked_fill_(torch.from_numpy(holes).to(where.device), -1)
 
     def select(self, index: Tensor) -> None:
-        """Let row ``i`` be what row ``index[i]`` was."""
+        """Let row `i` be what row `index[i]` was."""
         where = index.to(self.position.device)
         self._rebuild(lambda x: x[where], self.length, self._room)
 
     def forget(self, tokens: int) -> None:
-        """Forget the newest ``tokens`` columns; their attention has been weighed already."""
+        """Forget the newest `tokens` columns; their attention has been weighed already."""
         self.length -= tokens

@@ -1,7 +1,7 @@
 """Keys and values of rows that hang below a prefix tree: shared runs once, and a growing buffer for what a row owns.
 
 The tensors are those that attention sees (rotary embedding applied, latent keys expanded), one pair for each attention
-module. Runs of the tree that :mod:`stemma.cache.plan` chose to share are stored once, whatever the number of rows; a
+module. Runs of the tree that `stemma.cache.plan` chose to share are stored once, whatever the number of rows; a
 row's own buffer holds its tail, right-aligned so that the next token has one column in all rows, and then its new
 tokens. Shared tensors are never written.
 
@@ -27,7 +27,7 @@ Module = Any
 
 
 class KeyValues(NamedTuple):
-    """Keys and values ``(1, key_value_heads, tokens, head_dim)`` of one attention module, of one head size."""
+    """Keys and values `(1, key_value_heads, tokens, head_dim)` of one attention module, of one head size."""
 
     key: Tensor
     value: Tensor
@@ -57,7 +57,7 @@ class _Shared(NamedTuple):
 
 
 class _Span(NamedTuple):
-    """Queries that see the keys of a rectangle from ``begin`` on."""
+    """Queries that see the keys of a rectangle from `begin` on."""
 
     number: int
     begin: int
@@ -65,7 +65,7 @@ class _Span(NamedTuple):
 
 
 class _Own:
-    """Keys and values ``(rows, key_value_heads, length, head_dim)`` with room for more."""
+    """Keys and values `(rows, key_value_heads, length, head_dim)` with room for more."""
 
     def __init__(self, key: Tensor, value: Tensor, length: int) -> None:
         self.key, self.value, self.length = key, value, length
@@ -97,8 +97,8 @@ class PrefixKeyValues:
     Args:
         nodes: the tree, rows in its order.
         plan: what of it is shared.
-        place: ``(rows,)`` int64, the place in the order of the tree of each row of the batch.
-        packed: for each module the states of the nodes behind ``handles``, packed in the order of ``nodes``.
+        place: `(rows,)` int64, the place in the order of the tree of each row of the batch.
+        packed: for each module the states of the nodes behind `handles`, packed in the order of `nodes`.
         handles: for each of the first nodes its states by module, kept by someone else; a run that is one such node
             is read where it lies.
         room: new tokens to make room for at first; buffers grow by doubling.
@@ -115,7 +115,7 @@ class PrefixKeyValues:
     ) -> None:
         depth = nodes.depth
         self.tokens = nodes.row_tokens[place]
-        """``(rows,)``: prefix tokens of each row of the batch."""
+        """`(rows,)`: prefix tokens of each row of the batch."""
         self._room, self._place = max(1, room), place
         self._shared = tuple(
             _Shared(number, run.first, run.last, int(depth[run.nodes[0]]), int(nodes.length[list(run.nodes)].sum()))
@@ -236,7 +236,7 @@ class PrefixKeyValues:
         self._schedules: dict[tuple[Any, ...], tuple[int, Tensor | None, list[_Span]]] = {}
 
     def select(self, index: Tensor) -> None:
-        """Let row ``i`` of the batch be what row ``index[i]`` was: keep some rows, repeat them, or reorder them."""
+        """Let row `i` of the batch be what row `index[i]` was: keep some rows, repeat them, or reorder them."""
         rows = index.cpu().numpy()
         same_paths = np.array_equal(self._place[rows], self._place)
         for own in self._own.values():
@@ -246,7 +246,7 @@ class PrefixKeyValues:
             self._arrange()
 
     def crop(self, tokens: int) -> None:
-        """Forget the last ``tokens`` new tokens of every row."""
+        """Forget the last `tokens` new tokens of every row."""
         for own in self._own.values():
             assert own.length - tokens >= self.tail
             own.length -= tokens
@@ -275,18 +275,18 @@ class PrefixKeyValues:
 
         Args:
             module: which.
-            query: ``(rows, heads, n, head_dim)``.
-            key: ``(rows, key_value_heads, n, head_dim)`` of the new tokens.
-            value: ``(rows, key_value_heads, n, value_dim)``.
+            query: `(rows, heads, n, head_dim)`.
+            key: `(rows, key_value_heads, n, head_dim)` of the new tokens.
+            value: `(rows, key_value_heads, n, value_dim)`.
             scale: factor on the scores.
-            window: a key is visible when ``position_query - position_key < window``; None for all.
-            softcap: ``c`` of ``c * tanh(score / c)``, or None.
-            sinks: ``(heads,)`` logits that take part in the softmax and carry no value, or None.
-            partial: attention over keys outside the cache, ``(rows, heads, n, value_dim)``, and its log-sum-exp
-                ``(rows, heads, n)``, or None.
+            window: a key is visible when `position_query - position_key < window`; None for all.
+            softcap: `c` of `c * tanh(score / c)`, or None.
+            sinks: `(heads,)` logits that take part in the softmax and carry no value, or None.
+            partial: attention over keys outside the cache, `(rows, heads, n, value_dim)`, and its log-sum-exp
+                `(rows, heads, n)`, or None.
 
         Returns:
-            ``(rows, n, heads, value_dim)``.
+            `(rows, n, heads, value_dim)`.
         """
         value_dim, new = value.shape[-1], query.shape[2]
         key, value = even_heads(key, value)

@@ -1,14 +1,14 @@
 """How the keys and values of a text differ below a template from those of the text alone, estimated from anchors.
 
 An anchor is a text whose states are known both alone (the *base*) and below the template. Their difference is added,
-weighted by likeness, to the base of another text (KVCOMM, arXiv 2510.12872, section 3). With ``K_a`` the base of anchor
-``a``, ``K`` that of the text (``N`` tokens) and ``D_a`` the anchor's difference,
+weighted by likeness, to the base of another text (KVCOMM, arXiv 2510.12872, section 3). With `K_a` the base of anchor
+`a`, `K` that of the text (`N` tokens) and `D_a` the anchor's difference,
 
-    ``s_a(n) = mean over layers, heads, channels of |K_a(n) - K(n)|``,  ``w(n) = softmax_a(-s_a(n) / temperature)``,
-    ``K'(n) = K(n) + sum_a w_a(n) D_a(n)``
+    s_a(n) = mean over layers, heads, channels of |K_a(n) - K(n)|,  w(n) = softmax_a(-s_a(n) / temperature),
+    K'(n) = K(n) + sum_a w_a(n) D_a(n)
 
-for the text, and for the piece of the template behind it one weight per channel, ``s_a = |K_a - K|`` over the last
-``N`` tokens; values likewise. The first layer has no difference: its keys and values depend on the token and its
+for the text, and for the piece of the template behind it one weight per channel, `s_a = |K_a - K|` over the last
+`N` tokens; values likewise. The first layer has no difference: its keys and values depend on the token and its
 position only. Everything here is in the frame of the base, before keys are moved to where they will stand.
 """
 
@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 Layers = tuple[KeyValues, ...]
-"""Keys and values ``(1, heads, tokens, dim)`` of a run of tokens, layer by layer."""
+"""Keys and values `(1, heads, tokens, dim)` of a run of tokens, layer by layer."""
 Weighting = Literal["similarity", "mean"]
 
 
@@ -43,11 +43,11 @@ def differences(real: Layers, base: Layers) -> Layers:
 
 
 def token_weights(base: Layers, anchors: Sequence[Layers], temperature: float) -> tuple[Tensor, Tensor]:
-    """``(A, N)`` weights of anchors for each token of a text, from keys and from values; columns sum to 1.
+    """`(A, N)` weights of anchors for each token of a text, from keys and from values; columns sum to 1.
 
     Args:
-        base: ``N`` tokens.
-        anchors: bases of ``A`` anchors of at least ``N`` tokens.
+        base: `N` tokens.
+        anchors: bases of `A` anchors of at least `N` tokens.
         temperature: above 0.
     """
     tokens = base[0].key.shape[2]
@@ -73,9 +73,9 @@ def add_to_content(
     """The states of a text as its anchors say they are below the template.
 
     Args:
-        base: ``N`` tokens alone, ``L`` layers.
-        anchors: bases of ``A`` anchors, of at least ``N`` tokens.
-        offsets: their differences, ``L - 1`` layers each; see :func:`differences`.
+        base: `N` tokens alone, `L` layers.
+        anchors: bases of `A` anchors, of at least `N` tokens.
+        offsets: their differences, `L - 1` layers each; see `differences`.
         temperature: of the weights.
         weighting: by likeness, or all alike.
     """
@@ -104,8 +104,8 @@ def add_to_following(
     temperature: float = 1.0,
     weighting: Weighting = "similarity",
 ) -> Layers:
-    """The states of the piece of the template behind a text; arguments as for :func:`add_to_content`, with
-    ``following`` the piece's own base and ``offsets`` its differences."""
+    """The states of the piece of the template behind a text; arguments as for `add_to_content`, with
+    `following` the piece's own base and `offsets` its differences."""
     tokens, count = base[0].key.shape[2], len(anchors)
     result = [following[0]]
     for layer, pair in enumerate(following[1:]):
@@ -125,12 +125,12 @@ def add_to_following(
 
 
 def closeness(base: Layers, anchors: Sequence[Layers], sharpness: float | None) -> Tensor:
-    """``(A,)`` how near each anchor is, as a distribution: ``softmax(-d)``.
+    """`(A,)` how near each anchor is, as a distribution: `softmax(-d)`.
 
     Args:
-        base: ``N`` tokens.
-        anchors: of at least ``N`` tokens.
-        sharpness: ``d`` is this number times ``|V_a - V| / |V|``; None for the published ``d = |V_a - V|`` (Frobenius
+        base: `N` tokens.
+        anchors: of at least `N` tokens.
+        sharpness: `d` is this number times `|V_a - V| / |V|`; None for the published `d = |V_a - V|` (Frobenius
             norms over all layers, heads, tokens and channels), which grows with the number of all those, so that the
             softmax is 0 and 1 for texts of ordinary length.
     """
@@ -148,7 +148,7 @@ def closeness(base: Layers, anchors: Sequence[Layers], sharpness: float | None) 
 
 
 def spread(closeness_A: Tensor) -> float:
-    """Entropy of a distribution over its largest value ``log2 A``: 0 where one anchor is near, 1 where all are
+    """Entropy of a distribution over its largest value `log2 A`: 0 where one anchor is near, 1 where all are
     alike."""
     if closeness_A.numel() < 2:
         return 0.0

@@ -2,7 +2,7 @@
 
 A shared run costs one more kernel call and merge in every layer and step. Handing its tokens down to what lies below it
 saves that call, and costs the reading (and keeping) of one more copy for every further branch. A run is shared when the
-copies weigh more than the call; both are counted in bytes of keys and values, a call as :data:`CALL_BYTES`.
+copies weigh more than the call; both are counted in bytes of keys and values, a call as `CALL_BYTES`.
 
 What is handed down all the way becomes the *tail* of a row. Tails go in front of the row's generated tokens, padded to
 the longest, and are read in the one batched call that the generated tokens need anyway; tails so long that the padding
@@ -30,18 +30,18 @@ class PrefixNodes:
     """
 
     parent: np.ndarray
-    """``(R,)`` index of the parent, -1 at the root."""
+    """`(R,)` index of the parent, -1 at the root."""
     length: np.ndarray
-    """``(R,)`` tokens of each node."""
+    """`(R,)` tokens of each node."""
     first: np.ndarray
-    """``(R,)`` first row through the node."""
+    """`(R,)` first row through the node."""
     last: np.ndarray
-    """``(R,)`` behind the last row."""
+    """`(R,)` behind the last row."""
     num_rows: int
 
     @property
     def depth(self) -> np.ndarray:
-        """``(R,)``: tokens above each node."""
+        """`(R,)`: tokens above each node."""
         depth = np.zeros(self.parent.size, dtype=np.int64)
         for node, parent in enumerate(self.parent):
             if parent >= 0:
@@ -50,7 +50,7 @@ class PrefixNodes:
 
     @property
     def row_tokens(self) -> np.ndarray:
-        """``(rows,)``: prefix tokens of each row."""
+        """`(rows,)`: prefix tokens of each row."""
         tokens = np.zeros(self.num_rows, dtype=np.int64)
         for first, last, length in zip(self.first, self.last, self.length, strict=True):
             tokens[first:last] += length
@@ -59,7 +59,7 @@ class PrefixNodes:
 
 @dataclass(frozen=True)
 class Rectangle:
-    """Keys read once for the rows ``[first, last)``."""
+    """Keys read once for the rows `[first, last)`."""
 
     nodes: tuple[int, ...]
     """Nodes whose tokens they are, each the parent of the next."""
@@ -82,7 +82,7 @@ def plan_sharing(nodes: PrefixNodes, token_bytes: int, *, call_bytes: int = CALL
     Args:
         nodes: the tree.
         token_bytes: bytes of one token's keys and values in one layer.
-        call_bytes: see :data:`CALL_BYTES`; 0 shares every run that two rows have in common.
+        call_bytes: see `CALL_BYTES`; 0 shares every run that two rows have in common.
     """
     children: list[list[int]] = [[] for _ in range(nodes.parent.size)]
     roots: list[int] = []

@@ -1,4 +1,4 @@
-"""Measure every causal-LM type of transformers: ``python -m stemma.census [--write PATH] [TYPE ...]``."""
+"""Measure every causal-LM type of transformers: `python -m stemma.census [--write PATH] [TYPE ...]`."""
 
 import argparse
 import sys

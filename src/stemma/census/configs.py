@@ -3,7 +3,7 @@
 A model is shrunk from its configuration class by the *names* of the fields, so that a type that transformers adds
 is usually covered without a line here. Layer patterns are kept: every kind of layer that the type's default
 configuration contains occurs in the shrunken one. Windows, chunks, ranks and expert counts are small enough that
-sequences of a few dozen tokens exercise them. The table ``_OVERRIDES`` holds what the names cannot tell.
+sequences of a few dozen tokens exercise them. The table `_OVERRIDES` holds what the names cannot tell.
 """
 
 from __future__ import annotations
@@ -135,15 +135,15 @@ def model_types() -> list[str]:
 
 
 def shrunken_config(model_type: str, window: int | None = WINDOW) -> PreTrainedConfig:
-    """A tiny configuration of ``model_type`` that keeps every kind of layer of the default configuration.
+    """A tiny configuration of `model_type` that keeps every kind of layer of the default configuration.
 
     Args:
         model_type: a key of transformers' causal-LM mapping.
-        window: sliding window in tokens; ``None`` switches optional windows off and leaves chunks at their default
-            length (see :func:`window_is_optional`).
+        window: sliding window in tokens; `None` switches optional windows off and leaves chunks at their default
+            length (see `window_is_optional`).
 
     Raises:
-        ValueError: for a type in ``NOT_STANDALONE``.
+        ValueError: for a type in `NOT_STANDALONE`.
     """
     if model_type in NOT_STANDALONE:
         raise ValueError(f"model type {model_type!r} cannot be built by itself: {NOT_STANDALONE[model_type]}")
@@ -169,13 +169,13 @@ def window_is_optional(model_type: str) -> bool:
 def build(
     model_type: str, dtype: torch.dtype = torch.float32, seed: int = 0, window: int | None = WINDOW
 ) -> PreTrainedModel:
-    """A shrunken random model of ``model_type`` in evaluation mode, with weights under which attention matters.
+    """A shrunken random model of `model_type` in evaluation mode, with weights under which attention matters.
 
     Args:
         model_type: a key of transformers' causal-LM mapping.
         dtype: of the parameters.
         seed: of the weights; the same seed gives the same weights.
-        window: as in :func:`shrunken_config`.
+        window: as in `shrunken_config`.
     """
     config = shrunken_config(model_type, window)
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -192,9 +192,9 @@ def build(
 
 
 def randomize_(model: nn.Module, seed: int = 0, gain: float = 1.2) -> None:
-    """Redraw every parameter of ``model`` in place: the usual 0.02 makes attention almost uniform.
+    """Redraw every parameter of `model` in place: the usual 0.02 makes attention almost uniform.
 
-    Matrices get standard deviation ``gain / sqrt(fan_in)``, embeddings 0.5; vectors keep their value (1 for norms,
+    Matrices get standard deviation `gain / sqrt(fan_in)`, embeddings 0.5; vectors keep their value (1 for norms,
     0 for biases) plus 0.1 of noise, so that no bias, sink or scale is left out of the comparison.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -211,7 +211,7 @@ def randomize_(model: nn.Module, seed: int = 0, gain: float = 1.2) -> None:
 
 
 def _shrink(default: PreTrainedConfig, window: int | None) -> PreTrainedConfig:
-    """``default`` with every field that has a rule made small, built anew so that derived fields follow."""
+    """`default` with every field that has a rule made small, built anew so that derived fields follow."""
     names = [field.name for field in dataclasses.fields(default)]
     # Read through __dict__: configurations with per-layer values refuse plain attribute access.
     values = {name: vars(default).get(name) for name in names}

@@ -51,9 +51,9 @@ class Measurement:
     gradient: float | None = None
     """Largest relative difference of a parameter's gradient in float64; None when not measured."""
     streamed: float | None = None
-    """The same from :func:`stemma.backward` in parts; None when not measured or when the type refuses to stream."""
+    """The same from `stemma.backward` in parts; None when not measured or when the type refuses to stream."""
     decoded: float | None = None
-    """The same as ``difference_double``, decoding below shared prefixes; None when not measured or refused."""
+    """The same as `difference_double`, decoding below shared prefixes; None when not measured or refused."""
     control: float = float("inf")
     """Smallest difference of the negative control over the variants, nats."""
     seconds: float = 0.0
@@ -98,7 +98,7 @@ def measure(model_type: str, seed: int = 0, gradients: bool = True) -> Measureme
     """Compare the shared forward of a shrunken random model with each row alone.
 
     Types whose sliding window or attention chunk is optional are measured without it and with it. Without it decides
-    between exact and refused, as it is the type's default; a refusal with it is told in ``reason``.
+    between exact and refused, as it is the type's default; a refusal with it is told in `reason`.
 
     Args:
         model_type: a key of transformers' causal-LM mapping.
@@ -186,7 +186,7 @@ def logprobs_alone(model: PreTrainedModel, tree: PrefixTree) -> Tensor:
     """Log-probabilities of every scored token, each row alone and unpadded through the model as it is.
 
     Returns:
-        ``(S,)`` float64, sequence by sequence.
+        `(S,)` float64, sequence by sequence.
     """
     parts = []
     for index in range(tree.num_sequences):
@@ -200,7 +200,7 @@ def logprobs_packed_without_tree(model: PreTrainedModel, tree: PrefixTree) -> Te
     """The negative control: the packed row with the tree's positions under the model's plain causal attention.
 
     Returns:
-        ``(S,)`` float64, to be compared with :func:`logprobs_alone`.
+        `(S,)` float64, to be compared with `logprobs_alone`.
     """
     row = torch.from_numpy(tree.packed_tokens).long()[None]
     positions = torch.from_numpy(tree.positions).long()[None]

@@ -64,7 +64,7 @@ _RANK = (EXACT, REFUSED, INCONCLUSIVE, NOT_BUILT, WRONG)
 
 
 def render(measurements: Sequence[Measurement]) -> str:
-    """The page ``docs/support.md`` for these measurements, sorted by result and type."""
+    """The page `docs/support.md` for these measurements, sorted by result and type."""
     counts = Counter(found.result for found in measurements)
     tree = census_tree()
     single, double = (f"{tolerance:.0e}" for tolerance in TOLERANCE.values())
@@ -117,12 +117,12 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def write(path: Path, measurements: Sequence[Measurement]) -> None:
-    """Write :func:`render` to ``path``, whole or not at all."""
+    """Write `render` to `path`, whole or not at all."""
     write_text(path, render(measurements))
 
 
 def read(path: Path) -> tuple[str, dict[str, dict[str, str]]]:
-    """The transformers version of the page at ``path``, and model type to cells by column name."""
+    """The transformers version of the page at `path`, and model type to cells by column name."""
     text = path.read_text(encoding="utf-8")
     version = re.search(r"model type of transformers (\S+) is built", text)
     if version is None:
@@ -135,7 +135,7 @@ def read(path: Path) -> tuple[str, dict[str, dict[str, str]]]:
 
 
 def _power(value: float) -> str:
-    """``value`` rounded up to a power of ten, so that the table does not change with the machine's last bits."""
+    """`value` rounded up to a power of ten, so that the table does not change with the machine's last bits."""
     if value == 0.0:
         return "0"
     exponent = int(f"{value:e}".split("e")[1])

@@ -31,7 +31,7 @@ class CompressionReport:
     rows: int
     layers: tuple[LayerReport, ...]
     kept_bytes: int
-    """Of all layers, see :attr:`LayerReport.bytes`."""
+    """Of all layers, see `LayerReport.bytes`."""
     allocated_bytes: int
     """The same with the room for new tokens."""
     whole_bytes: int

@@ -53,17 +53,17 @@ class Config:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Generations:
-    """What `generate` returns: for each of ``B`` prompts its ``G`` sequences."""
+    """What `generate` returns: for each of `B` prompts its `G` sequences."""
 
     token_ids: list[list[list[int]]]
     """New tokens, up to and including the one that ended the row."""
     texts: list[list[str]] | None
     """Their texts without special tokens; None without a tokenizer."""
     output: Any
-    """What transformers' `generate` returned: ``(B * G, length)`` whole rows, padded on both sides, or an object with
-    ``return_dict_in_generate=True``."""
+    """What transformers' `generate` returned: `(B * G, length)` whole rows, padded on both sides, or an object with
+    `return_dict_in_generate=True`."""
     report: SharingReport | None
-    """What was shared; None with ``share="never"``."""
+    """What was shared; None with `share="never"`."""
 
 
 @torch.no_grad()
@@ -80,7 +80,7 @@ def generate(
 ) -> Generations:
     """Generate with transformers' `generate`, with each shared run of tokens encoded, kept and read once.
 
-    The tokens are those of ``model.generate`` on the same prompts, padded on the left, up to rounding of the logits:
+    The tokens are those of `model.generate` on the same prompts, padded on the left, up to rounding of the logits:
     greedy, sampled under the same seed, or from beams.
 
     ```python
@@ -99,31 +99,31 @@ def generate(
     the end-of-sequence tokens of the generation config, else of the tokenizer.
 
     Args:
-        model: a causal language model of transformers. One that was not enabled (:func:`stemma.enable`) is enabled for
+        model: a causal language model of transformers. One that was not enabled (`stemma.enable`) is enabled for
             the length of the call, which costs its self-test each time.
         tokenizer: of the model; None for prompts of token ids, which then give no texts.
-        prompts: ``B`` texts, lists of chat messages (with the tokenizer's template and its generation prompt) or lists
+        prompts: `B` texts, lists of chat messages (with the tokenizer's template and its generation prompt) or lists
             of token ids; or a tensor of ids, whose padding on the left is told as transformers tells it (the pad token
             must not be one that ends rows).
-        max_new_tokens: most new tokens of a row; None takes what the generation config says, in ``max_new_tokens`` or
-            ``max_length``, else transformers' default.
+        max_new_tokens: most new tokens of a row; None takes what the generation config says, in `max_new_tokens` or
+            `max_length`, else transformers' default.
         prefix: what all prompts begin with, encoded before; prompts are then what follows it. Texts are tokenized by
             themselves, without special tokens; messages cannot follow a prefix.
         sharing: how prefixes are shared.
         generation_config: of transformers; what it leaves open is as in the model's own.
-        generation_kwargs: any other option of ``model.generate``: ``num_return_sequences``, ``num_beams``,
-            ``do_sample``, ``temperature``, ``logits_processor``, ``stopping_criteria``, ``stop_strings``, ...; None
+        generation_kwargs: any other option of `model.generate`: `num_return_sequences`, `num_beams`,
+            `do_sample`, `temperature`, `logits_processor`, `stopping_criteria`, `stop_strings`, ...; None
             switches off what a config sets, the end-of-sequence token too.
 
     Raises:
         InvalidBatchError: no prompt, an empty one, one that is not in a list, ids that are no integers, or messages
-            that the chat template does not take or that would follow a prefix. Unless ``share="never"``: ids outside
+            that the chat template does not take or that would follow a prefix. Unless `share="never"`: ids outside
             the vocabulary, more tokens (new ones included) than the model has positions, rotary frequencies that would
             change with the length, or a prefix of another model.
-        UnsupportedModelError: unless ``share="never"``: a layer of the model cannot share its keys and values, an
+        UnsupportedModelError: unless `share="never"`: a layer of the model cannot share its keys and values, an
             active dropout, or attention weights as output.
         ValueError: an option that the model does not take or that cannot be combined with shared prefixes, or one of
-            sampling without ``do_sample``.
+            sampling without `do_sample`.
     """
     if sharing is not None and not isinstance(sharing, Config):
         raise ValueError(f'sharing must be a Config, got {sharing!r}; write sharing=Config(share="always"), say.')

@@ -1,6 +1,6 @@
 """The decoding loop behind `stemma.decode.rollout`: prompts encoded once, rows that leave as soon as they end.
 
-Where the model can, all rows decode over one tree of prompts (:mod:`stemma.decode.shared_cache`), with the attention
+Where the model can, all rows decode over one tree of prompts (`stemma.decode.shared_cache`), with the attention
 that scores and trains. Elsewhere the prompt's keys and values are repeated for each row, in buffers that grow in place.
 """
 

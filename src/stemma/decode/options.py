@@ -85,7 +85,7 @@ class Options:
         """Where rows ended, once they have."""
 
     def most_new_tokens(self, longest: int) -> int:
-        """Most new tokens of a row, as transformers counts them behind prompts of up to ``longest`` tokens.
+        """Most new tokens of a row, as transformers counts them behind prompts of up to `longest` tokens.
 
         Raises:
             ValueError: there is no room for one.

@@ -1,7 +1,7 @@
 """What caches that compute attention themselves have in common: rows padded on the left, lengths, masks, and the guard.
 
 How a layer finds its cache: it updates the cache with its new keys and values, which only notes the visit and hands
-them back, and then attends. The mask it attends with is a marker that leads to the cache (:mod:`stemma.models.masks`).
+them back, and then attends. The mask it attends with is a marker that leads to the cache (`stemma.models.masks`).
 A layer that updates but does not attend through the marker would silently ignore what the cache holds; it is refused by
 name.
 
@@ -102,7 +102,7 @@ class RowsCache(Cache):
 
     Args:
         model: the model that it is for.
-        lengths: ``(rows,)`` int64, prompt tokens of each row.
+        lengths: `(rows,)` int64, prompt tokens of each row.
         seen: columns that it holds from the start.
         loss: what a layer that does not read the cache would do, for messages.
     """
@@ -123,13 +123,13 @@ class RowsCache(Cache):
         self._modules = frozenset(inner.modules())
         self._model = ref(inner)
         self.shown = torch.zeros(len(lengths), 0, dtype=torch.int64)
-        """``(rows, columns)`` ids that it holds, as far as they are known: a forward call does not tell them."""
+        """`(rows, columns)` ids that it holds, as far as they are known: a forward call does not tell them."""
         if not isinstance(vars(inner).get("prepare_inputs_for_generation"), _PrepareInputs):
             inner.prepare_inputs_for_generation = _PrepareInputs(inner)  # type: ignore[method-assign]
 
     @property
     def lengths(self) -> np.ndarray:
-        """``(rows,)`` prompt tokens of each row."""
+        """`(rows,)` prompt tokens of each row."""
         return self._lengths
 
     @lengths.setter
@@ -148,7 +148,7 @@ class RowsCache(Cache):
 
     @property
     def pads(self) -> np.ndarray:
-        """``(rows,)`` columns of padding on the left of each row."""
+        """`(rows,)` columns of padding on the left of each row."""
         return self.prompt_length - self.lengths
 
     @property
@@ -171,7 +171,7 @@ class RowsCache(Cache):
 
     def check_mask(self, attention_mask: Tensor | None, new_tokens: int) -> tuple[int, int]:
         """Refuse a mask that hides anything but the padding left of each row; see
-        :class:`stemma.models.masks.ReadingCache`."""
+        `stemma.models.masks.ReadingCache`."""
         if attention_mask is None:
             if self._padded:
                 raise InvalidBatchError(
@@ -208,7 +208,7 @@ class RowsCache(Cache):
         """Note the rows that `generate` goes on with, and refuse at first such as do not continue what is held.
 
         Args:
-            rows: ``(rows, columns)`` ids, padded on the left.
+            rows: `(rows, columns)` ids, padded on the left.
             first: the call that begins a generation.
             whole: they begin with what is held; otherwise they follow it.
 
@@ -296,11 +296,11 @@ class RowsCache(Cache):
         return twin
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Let row ``i`` be what row ``beam_idx[i]`` was."""
+        """Let row `i` be what row `beam_idx[i]` was."""
         self.shown = self.shown[beam_idx.to(self.shown.device)]
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last ``-tokens_to_remove`` new tokens.
+        """Forget the last `-tokens_to_remove` new tokens.
 
         Raises:
             ValueError: a positive number, or more than there are new tokens.

@@ -1,7 +1,7 @@
 """The economy of sharing: tokens, attention pairs, FLOPs and bytes of a tree, shared against repeated.
 
-Cost of one forward, ``2 N T + 4 d A + 2 h V M`` FLOPs, with ``N`` weights that each token passes, ``T`` tokens, ``d``
-query width, ``A`` attended pairs summed over layers, ``h`` hidden size, ``V`` vocabulary and ``M`` positions that reach
+Cost of one forward, `2 N T + 4 d A + 2 h V M` FLOPs, with `N` weights that each token passes, `T` tokens, `d`
+query width, `A` attended pairs summed over layers, `h` hidden size, `V` vocabulary and `M` positions that reach
 the head; a backward costs twice that. (Prefix Grouper, arXiv 2506.05433, appendix A.2, counts the same terms with whole
 squares.)
 """
@@ -21,15 +21,15 @@ class ModelShape:
     """The sizes of a decoder that its cost depends on."""
 
     body_weights: int
-    """``N``: weights that one token passes, without embedding and head; of experts, the active ones."""
+    """`N`: weights that one token passes, without embedding and head; of experts, the active ones."""
     query_width: int
-    """``d``: query heads times head size."""
+    """`d`: query heads times head size."""
     key_value_width: int
     """Key/value heads times head size."""
     hidden_size: int
-    """``h``."""
+    """`h`."""
     vocabulary: int
-    """``V``."""
+    """`V`."""
     windows: tuple[int | None, ...]
     """Attention window of each layer, None for full attention."""
     bytes_per_value: int

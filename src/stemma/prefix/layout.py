@@ -1,19 +1,19 @@
 """The layout of one forward call: a run of the packed row, what lies above it, and the blocks its attention is made of.
 
-A layout covers the packed tokens ``[begin, end)`` of a tree: the whole row, one node, or neighbouring subtrees under
+A layout covers the packed tokens `[begin, end)` of a tree: the whole row, one node, or neighbouring subtrees under
 one parent. Whatever lies above that run is its *context*: the path from the root, whose keys and values are handed in
 and which all queries see. A packed forward has no context; a streamed one walks the tree and hands each part the keys
 and values of its path.
 
-The attention of a layout is a list of :class:`Block`: query rows, key rows, and whether the square between them is
+The attention of a layout is a list of `Block`: query rows, key rows, and whether the square between them is
 causal.
 No block needs a mask, and together they cover each visible (query, key) pair exactly once:
 
 - full attention: one causal square a node (its tokens among themselves), one full rectangle an inner node (its keys,
   all queries below it), one full rectangle for the context;
-- a sliding window ``W`` (key visible when ``position_q - position_k < W``): causal squares along the node, and for keys
+- a sliding window `W` (key visible when `position_q - position_k < W`): causal squares along the node, and for keys
   that leave the window while the queries walk on, a triangle. In reversed order of both queries and keys that triangle
-  is an ordinary causal square, so it needs no mask either. Keys above a node are gathered, at most ``W - 1`` a node.
+  is an ordinary causal square, so it needs no mask either. Keys above a node are gathered, at most `W - 1` a node.
 
 Trade-off: a windowed layer whose window is shorter than the longest sequence gathers keys per node instead of sharing
 one rectangle per inner node. It stays exact and never builds a mask; it makes more and smaller kernel calls.
@@ -32,7 +32,7 @@ from stemma.prefix.tree import PrefixTree
 __all__ = ["Block", "Layout"]
 
 Rows = slice | torch.Tensor
-"""Rows of a packed tensor: a slice (no copy), or an int64 index ``(rows,)``, or ``(blocks, rows)`` for several."""
+"""Rows of a packed tensor: a slice (no copy), or an int64 index `(rows,)`, or `(blocks, rows)` for several."""
 
 _BATCHED_TOKENS = 32
 """Squares with fewer tokens than this are gathered into batches; above it a kernel call costs less than the copy."""
@@ -47,46 +47,46 @@ class Block:
     key: Rows
     """Rows of keys."""
     causal: bool
-    """Row ``i`` of the queries sees rows ``0..i`` of the keys; else it sees all of them."""
+    """Row `i` of the queries sees rows `0..i` of the keys; else it sees all of them."""
     first: bool = False
     """No earlier block wrote to these queries, so the output is stored and not merged."""
     count: int = 1
     """Number of equally long squares that a slice holds, one behind the other."""
     valid: torch.Tensor | None = None
-    """``(blocks, rows)`` bool for an index of several squares of unequal length: False where a row only fills up (it
+    """`(blocks, rows)` bool for an index of several squares of unequal length: False where a row only fills up (it
     repeats the last valid row of its square, and its output is thrown away). None when all rows are valid."""
 
 
 @dataclass(eq=False)
 class Layout:
-    """Where the tokens of one forward call stand. Made by :meth:`of`; ``T`` tokens, ``C`` context tokens.
+    """Where the tokens of one forward call stand. Made by `of`; `T` tokens, `C` context tokens.
 
-    Key rows number the context first: the key of token ``t`` is row ``C + t``.
+    Key rows number the context first: the key of token `t` is row `C + t`.
     """
 
     tokens: np.ndarray
-    """``(T,)`` token ids."""
+    """`(T,)` token ids."""
     positions: np.ndarray
-    """``(T,)`` positions, the depth of each token in the tree."""
+    """`(T,)` positions, the depth of each token in the tree."""
     subtree_end: np.ndarray
-    """``(T,)``: token ``q`` sees token ``k`` exactly when ``k <= q < subtree_end[k]`` (and the whole context)."""
+    """`(T,)`: token `q` sees token `k` exactly when `k <= q < subtree_end[k]` (and the whole context)."""
     node_start: np.ndarray
-    """``(R,)`` first token of each node."""
+    """`(R,)` first token of each node."""
     node_end: np.ndarray
-    """``(R,)`` behind the last own token."""
+    """`(R,)` behind the last own token."""
     node_subtree_end: np.ndarray
-    """``(R,)`` behind the last token below."""
+    """`(R,)` behind the last token below."""
     node_parent: np.ndarray
-    """``(R,)`` parent node, -1 when the parent is the context or the empty root."""
+    """`(R,)` parent node, -1 when the parent is the context or the empty root."""
     context: int
-    """``C``, the number of tokens above the run."""
+    """`C`, the number of tokens above the run."""
     max_length: int
     """Longest path, context included."""
     _memory: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, tree: PrefixTree, begin: int = 0, end: int | None = None) -> "Layout":
-        """The layout of packed tokens ``[begin, end)``: a node's own tokens, or subtrees with one parent."""
+        """The layout of packed tokens `[begin, end)`: a node's own tokens, or subtrees with one parent."""
         end = tree.unique_tokens if end is None else end
         low = int(np.searchsorted(tree.node_start, begin))
         high = int(np.searchsorted(tree.node_start, end))
@@ -109,7 +109,7 @@ class Layout:
 
     @property
     def num_tokens(self) -> int:
-        """``T``."""
+        """`T`."""
         return int(self.tokens.size)
 
     def pairs(self, window: int | None = None) -> int:
@@ -121,7 +121,7 @@ class Layout:
         """The blocks of a layer, built once for each window and device.
 
         Args:
-            window: sliding window in tokens, the query's own included; None or at least ``max_length`` for full
+            window: sliding window in tokens, the query's own included; None or at least `max_length` for full
                 attention.
             device: where index tensors live.
         """
@@ -136,7 +136,7 @@ class Layout:
         return self.remember(("blocks", window, where), build)
 
     def remember(self, key: Any, build: Callable[[], Any]) -> Any:
-        """What ``build`` gave for ``key`` the first time: all layers of a forward share one schedule."""
+        """What `build` gave for `key` the first time: all layers of a forward share one schedule."""
         if key not in self._memory:
             self._memory[key] = build()
         return self._memory[key]
@@ -195,8 +195,8 @@ class Layout:
 def _band(queries: np.ndarray, keys: np.ndarray, distance: int, window: int) -> list[Block]:
     """Blocks for consecutive keys before consecutive queries under a window.
 
-    Query ``i`` stands ``distance + i - j`` tokens behind key ``j`` and sees it when that is less than ``window``, that
-    is when ``j >= i + lag`` with ``lag = distance - window + 1``: a rectangle for the queries that see all keys, then
+    Query `i` stands `distance + i - j` tokens behind key `j` and sees it when that is less than `window`, that
+    is when `j >= i + lag` with `lag = distance - window + 1`: a rectangle for the queries that see all keys, then
     for the rest a rectangle on the keys that all of them see, and the triangle between.
     """
     lag = distance - window + 1
@@ -241,7 +241,7 @@ def _buckets(nodes: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
 
 
 def _square(begin: int, end: int, shift: int, count: int = 1) -> Block:
-    """Causal squares of ``count`` equally long nodes that fill ``[begin, end)``."""
+    """Causal squares of `count` equally long nodes that fill `[begin, end)`."""
     own = slice(begin, end)
     return Block(own, _shifted(own, shift), causal=True, first=True, count=count)
 

@@ -25,7 +25,7 @@ _CACHED_ELEMENTS = 1 << 19
 def reference_logprobs(
     logits: Tensor, target_position: Tensor, target_token: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """What :func:`chunked_logprobs` computes, from whole logits ``(M, V)``. For tests."""
+    """What `chunked_logprobs` computes, from whole logits `(M, V)`. For tests."""
     logprobs = torch.log_softmax(logits / temperature, dim=-1)
     entropies = -(logprobs.exp() * logprobs).sum(dim=-1)
     return logprobs[target_position, target_token], entropies[target_position]
@@ -45,18 +45,18 @@ def chunked_logprobs(
     """Log-probability of each target, and the entropy at its position.
 
     Args:
-        head: maps hidden states ``(m, hidden)`` to logits ``(m, V)``: the model's output projection and whatever
+        head: maps hidden states `(m, hidden)` to logits `(m, V)`: the model's output projection and whatever
             follows.
-        hidden: ``(M, hidden)``, hidden states of the predicting positions.
-        target_position: ``(E,)`` int64, non-decreasing: row of ``hidden`` that predicts each target.
-        target_token: ``(E,)`` int64: the predicted token.
-        vocabulary: ``V``.
+        hidden: `(M, hidden)`, hidden states of the predicting positions.
+        target_position: `(E,)` int64, non-decreasing: row of `hidden` that predicts each target.
+        target_token: `(E,)` int64: the predicted token.
+        vocabulary: `V`.
         temperature: logits are divided by it; above 0.
         entropy: also give entropies (of the tempered distribution), in nats.
         chunk_elements: number of logits that may exist at once.
 
     Returns:
-        Log-probabilities ``(E,)`` and entropies ``(E,)`` or None; float32, or float64 for float64 logits.
+        Log-probabilities `(E,)` and entropies `(E,)` or None; float32, or float64 for float64 logits.
     """
     if temperature <= 0:
         raise ValueError(f"temperature must be above 0, got {temperature}.")
@@ -86,7 +86,7 @@ def chunked_logprobs(
 
 
 class _TargetScores(torch.autograd.Function):
-    """``logits (m, V) -> logprobs (e,), entropies (e,)``; saves the logits and one log-sum-exp a row, nothing else."""
+    """`logits (m, V) -> logprobs (e,), entropies (e,)`; saves the logits and one log-sum-exp a row, nothing else."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, position: Tensor, token: Tensor, entropy: bool) -> tuple[Tensor, Tensor]:

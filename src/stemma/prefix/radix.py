@@ -12,21 +12,21 @@ _MAX_TOKEN_ID = 2**31 - 1
 
 
 def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Concatenate ``arange(start, start + length)`` for each pair, without a loop.
+    """Concatenate `arange(start, start + length)` for each pair, without a loop.
 
     Args:
-        starts: ``(R,)`` int64.
-        lengths: ``(R,)`` int64, zero allowed.
+        starts: `(R,)` int64.
+        lengths: `(R,)` int64, zero allowed.
 
     Returns:
-        ``(lengths.sum(),)`` int64.
+        `(lengths.sum(),)` int64.
     """
     before = np.cumsum(lengths) - lengths
     return np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()), dtype=np.int64)
 
 
 def as_ids(sequence: Any, name: str) -> np.ndarray:
-    """Token ids of one sequence as ``(length,)`` int64; ``name`` is what an InvalidBatchError calls it."""
+    """Token ids of one sequence as `(length,)` int64; `name` is what an InvalidBatchError calls it."""
     array = np.asarray(sequence.detach().cpu() if hasattr(sequence, "detach") else sequence)
     if array.size == 0:
         return np.zeros(0, dtype=np.int64)
@@ -43,7 +43,7 @@ def as_ids(sequence: Any, name: str) -> np.ndarray:
 
 
 def as_matrix(value: Any, name: str) -> np.ndarray:
-    """A padded matrix ``(rows, columns)`` as numpy; ``name`` is what an InvalidBatchError calls it."""
+    """A padded matrix `(rows, columns)` as numpy; `name` is what an InvalidBatchError calls it."""
     array = np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
     if array.ndim != 2 or array.size == 0:
         raise InvalidBatchError(f"{name} must be a non-empty (rows, columns) matrix, got shape {array.shape}.")
@@ -54,8 +54,8 @@ def radix_nodes(rows: list[np.ndarray], min_shared: int) -> tuple[np.ndarray, np
     """Nodes of the radix tree over sorted rows, in pre-order.
 
     Returns:
-        ``first``, ``last`` (the range of rows through each node), ``bottom`` (tokens from the root to the node's end)
-        and ``parent``, each ``(R,)`` int64.
+        `first`, `last` (the range of rows through each node), `bottom` (tokens from the root to the node's end)
+        and `parent`, each `(R,)` int64.
     """
     # Compressed trie by the classical stack over neighbours' common prefixes. Entry: [first row, bottom, row range
     # end].

@@ -25,42 +25,42 @@ __all__ = ["PrefixTree"]
 
 @dataclass(frozen=True, eq=False)
 class PrefixTree:
-    """A radix tree over ``N`` token sequences with ``R`` nodes and ``T`` packed (distinct) tokens.
+    """A radix tree over `N` token sequences with `R` nodes and `T` packed (distinct) tokens.
 
     Build one with `from_sequences`, `from_groups` or `from_padded`. Arrays are numpy int64 unless noted. "Flat" arrays
     run over all tokens of all sequences, one sequence behind the other.
     """
 
     tokens: np.ndarray
-    """``(sum of lengths,)`` flat token ids of the original sequences."""
+    """`(sum of lengths,)` flat token ids of the original sequences."""
     offsets: np.ndarray
-    """``(N + 1,)``: sequence ``i`` owns ``tokens[offsets[i]:offsets[i + 1]]``."""
+    """`(N + 1,)`: sequence `i` owns `tokens[offsets[i]:offsets[i + 1]]`."""
     scored: np.ndarray
-    """``(sum of lengths,)`` bool, flat: tokens whose log-probability is wanted."""
+    """`(sum of lengths,)` bool, flat: tokens whose log-probability is wanted."""
     column: np.ndarray
-    """``(sum of lengths,)`` flat: the token's place in a padded result."""
+    """`(sum of lengths,)` flat: the token's place in a padded result."""
     num_columns: int
     """Width of a padded result."""
     order: np.ndarray
-    """``(N,)``: sequences in the order of the tree (sorted by their tokens)."""
+    """`(N,)`: sequences in the order of the tree (sorted by their tokens)."""
     node_parent: np.ndarray
-    """``(R,)``: index of the parent node, -1 at the root."""
+    """`(R,)`: index of the parent node, -1 at the root."""
     node_depth: np.ndarray
-    """``(R,)``: position of the node's first token, the number of tokens above it."""
+    """`(R,)`: position of the node's first token, the number of tokens above it."""
     node_length: np.ndarray
-    """``(R,)``: number of the node's own tokens."""
+    """`(R,)`: number of the node's own tokens."""
     node_start: np.ndarray
-    """``(R,)``: packed index of the node's first token."""
+    """`(R,)`: packed index of the node's first token."""
     node_subtree_end: np.ndarray
-    """``(R,)``: packed index behind the last token below the node."""
+    """`(R,)`: packed index behind the last token below the node."""
     node_first: np.ndarray
-    """``(R,)``: the sequences through the node are ``order[node_first:node_last]``."""
+    """`(R,)`: the sequences through the node are `order[node_first:node_last]`."""
     node_last: np.ndarray
-    """``(R,)``: see ``node_first``."""
+    """`(R,)`: see `node_first`."""
     path: np.ndarray
-    """``(sum of lengths,)`` flat: packed index of each original token."""
+    """`(sum of lengths,)` flat: packed index of each original token."""
     packed_tokens: np.ndarray
-    """``(T,)``: token ids in depth-first order."""
+    """`(T,)`: token ids in depth-first order."""
     min_shared: int
     """Shortest shared run that became a node."""
 
@@ -69,7 +69,7 @@ class PrefixTree:
         """Build the tree of whole sequences; every token behind the first of its sequence is scored.
 
         Args:
-            sequences: ``N`` one-dimensional runs of token ids (lists, arrays or tensors), unpadded.
+            sequences: `N` one-dimensional runs of token ids (lists, arrays or tensors), unpadded.
             min_shared: shortest shared run that becomes a node, in tokens, at least 1.
 
         Raises:
@@ -99,7 +99,7 @@ class PrefixTree:
         ```
 
         Args:
-            prompts: ``B`` runs of token ids.
+            prompts: `B` runs of token ids.
             responses: for each prompt a list of runs of token ids; the numbers of responses may differ.
             min_shared: shortest shared run that becomes a node, in tokens, at least 1.
 
@@ -140,11 +140,11 @@ class PrefixTree:
         """Build the tree of a padded batch, in the layout that TRL uses.
 
         Args:
-            input_ids: ``(N, L)`` integer token ids, padded on the left, the right or both.
-            attention_mask: ``(N, L)``, 1 on real tokens; they must be one run in each row. Padding is never inferred
+            input_ids: `(N, L)` integer token ids, padded on the left, the right or both.
+            attention_mask: `(N, L)`, 1 on real tokens; they must be one run in each row. Padding is never inferred
                 from token ids.
             logits_to_keep: score the last this many columns (default: all but the first).
-            completion_mask: ``(N, logits_to_keep)``, 1 on columns to be scored (default: every real token there).
+            completion_mask: `(N, logits_to_keep)`, 1 on columns to be scored (default: every real token there).
             min_shared: shortest shared run that becomes a node, in tokens, at least 1.
 
         Raises:
@@ -264,7 +264,7 @@ class PrefixTree:
 
     @property
     def lengths(self) -> np.ndarray:
-        """``(N,)``: tokens of each sequence."""
+        """`(N,)`: tokens of each sequence."""
         return np.diff(self.offsets)
 
     @property
@@ -274,7 +274,7 @@ class PrefixTree:
 
     @property
     def unique_tokens(self) -> int:
-        """``T``: tokens of the tree, shared ones counted once."""
+        """`T`: tokens of the tree, shared ones counted once."""
         return int(self.packed_tokens.size)
 
     @property
@@ -289,7 +289,7 @@ class PrefixTree:
 
     @property
     def node_level(self) -> np.ndarray:
-        """``(R,)``: number of nodes above each node."""
+        """`(R,)`: number of nodes above each node."""
         level = np.zeros(self.num_nodes, dtype=np.int64)
         for node, parent in enumerate(self.node_parent):
             if parent >= 0:
@@ -303,22 +303,22 @@ class PrefixTree:
 
     @property
     def positions(self) -> np.ndarray:
-        """``(T,)``: position of each packed token in its sequences, its depth in the tree."""
+        """`(T,)`: position of each packed token in its sequences, its depth in the tree."""
         return ranges(self.node_depth, self.node_length)
 
     @property
     def multiplicity(self) -> np.ndarray:
-        """``(T,)``: number of sequences through each packed token."""
+        """`(T,)`: number of sequences through each packed token."""
         return np.repeat(self.node_last - self.node_first, self.node_length)
 
     @property
     def subtree_end(self) -> np.ndarray:
-        """``(T,)``: packed token ``q`` sees packed token ``k`` exactly when ``k <= q < subtree_end[k]``."""
+        """`(T,)`: packed token `q` sees packed token `k` exactly when `k <= q < subtree_end[k]`."""
         return np.repeat(self.node_subtree_end, self.node_length)
 
     @property
     def previous(self) -> np.ndarray:
-        """``(T,)``: packed index of the token before each packed token, -1 at position 0."""
+        """`(T,)`: packed index of the token before each packed token, -1 at position 0."""
         previous = np.arange(-1, self.unique_tokens - 1, dtype=np.int64)
         parent = self.node_parent
         previous[self.node_start] = np.where(parent >= 0, self.node_start[parent] + self.node_length[parent] - 1, -1)
@@ -332,14 +332,14 @@ class PrefixTree:
         return np.flatnonzero(wanted)
 
     def children(self, node: int) -> Iterator[int]:
-        """Yield the children of ``node`` in order; -1 is the empty root."""
+        """Yield the children of `node` in order; -1 is the empty root."""
         child, end = node + 1, self.unique_tokens if node < 0 else int(self.node_subtree_end[node])
         while child < self.num_nodes and self.node_start[child] < end:
             yield child
             child = int(np.searchsorted(self.node_start, self.node_subtree_end[child], side="left"))
 
     def sequence(self, index: int) -> np.ndarray:
-        """Token ids of sequence ``index``, ``(length,)``."""
+        """Token ids of sequence `index`, `(length,)`."""
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
     def subset(self, sequences: np.ndarray) -> "PrefixTree":
@@ -354,7 +354,7 @@ class PrefixTree:
         )
 
     def split(self, max_tokens: int) -> list[np.ndarray]:
-        """Divide the sequences into rows of at most ``max_tokens`` packed tokens each.
+        """Divide the sequences into rows of at most `max_tokens` packed tokens each.
 
         Whole subtrees stay together where they fit. A subtree over the budget is cut along its branches, and each part
         repeats the path above the cut, which counts. A single sequence over the budget gets a row of its own.
@@ -363,7 +363,7 @@ class PrefixTree:
             Arrays of sequence indices; together they hold every sequence once.
 
         Raises:
-            InvalidBatchError: ``max_tokens`` below 1.
+            InvalidBatchError: `max_tokens` below 1.
         """
         if max_tokens < 1:
             raise InvalidBatchError(f"max_tokens must be at least 1, got {max_tokens}.")

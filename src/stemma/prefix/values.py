@@ -105,7 +105,7 @@ class ValueTree:
         return self.value[node_of[tree.path[tree.offsets[:-1, None] + columns]]]
 
     def differences(self) -> np.ndarray:
-        """(N, T) float64: ``V(s_{t+1}) - V(s_t)`` of every token; 0 in the padding and in rows without a reward."""
+        """(N, T) float64: `V(s_{t+1}) - V(s_t)` of every token; 0 in the padding and in rows without a reward."""
         return np.where(self.scored[:, None], np.diff(self.states(), axis=1), 0.0)
 
     def metrics(self) -> dict[str, float]:

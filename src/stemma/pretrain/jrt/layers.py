@@ -1,4 +1,4 @@
-"""Sizes, states and layers of the language model with prefix linear attention (:mod:`stemma.pretrain.jrt.model`).
+"""Sizes, states and layers of the language model with prefix linear attention (`stemma.pretrain.jrt.model`).
 
 Layers are a mixer and a SwiGLU block, each behind an RMSNorm. A mixer is a gated short convolution, linear attention
 (causal, or with an encoder over the prefix) or softmax attention in a sliding window with rotary positions. All of them
@@ -29,9 +29,9 @@ _MIXERS = ("conv", "linear", "prefix_linear", "sliding")
 class PrefixLinearAttentionConfig(PreTrainedConfig):
     """Sizes. The published 360M model: width 1024, 26 layers, 16 heads, feature_dim 16, prefix 1024 of 2048 tokens.
 
-    ``mixer_types`` names each layer's mixer: "conv", "linear" (causal), "prefix_linear" or "sliding"; None for conv,
-    prefix_linear, sliding. ``prefix_length`` is how many tokens of a row the encoder sees where a call does not say;
-    ``mlm_weight`` that of the masked tokens' loss; ``chunk_size`` tokens of a chunk in training and prefill.
+    `mixer_types` names each layer's mixer: "conv", "linear" (causal), "prefix_linear" or "sliding"; None for conv,
+    prefix_linear, sliding. `prefix_length` is how many tokens of a row the encoder sees where a call does not say;
+    `mlm_weight` that of the masked tokens' loss; `chunk_size` tokens of a chunk in training and prefill.
     """
 
     model_type = "prefix_linear_attention"
@@ -133,9 +133,9 @@ class Tokens(NamedTuple):
     """The tokens of this call."""
 
     mask: Tensor
-    """``(batch, T)`` bool, False at padding."""
+    """`(batch, T)` bool, False at padding."""
     prefix: Tensor
-    """``(batch, T)`` bool, which of them the encoder sees; none in a call that goes on from a cache."""
+    """`(batch, T)` bool, which of them the encoder sees; none in a call that goes on from a cache."""
 
 
 class _ShortConvolution(nn.Module):
@@ -158,7 +158,7 @@ class _ShortConvolution(nn.Module):
 
 
 class PrefixLinearAttention(nn.Module):
-    """Linear attention (:mod:`stemma.attention.linear`) with its projections.
+    """Linear attention (`stemma.attention.linear`) with its projections.
 
     Args:
         config: sizes.

@@ -66,13 +66,13 @@ class PrefixLinearAttentionForCausalLM(PreTrainedModel, GenerationMixin):
         """Logits, and the loss where there are labels.
 
         Args:
-            input_ids: ``(batch, T)`` int64; after a cached call the new tokens only.
-            attention_mask: ``(batch, T)``, or with the cached tokens in front; 0 at padding, which is at one end of a
+            input_ids: `(batch, T)` int64; after a cached call the new tokens only.
+            attention_mask: `(batch, T)`, or with the cached tokens in front; 0 at padding, which is at one end of a
                 row (at the left with a cache); None: no padding.
-            prefix_lengths: ``(batch,)`` int64, leading tokens (padding not counted) that the encoder sees; None: the
+            prefix_lengths: `(batch,)` int64, leading tokens (padding not counted) that the encoder sees; None: the
                 configuration's `prefix_length`. Read in the first call only.
             past_key_values: what an earlier call returned.
-            labels: ``(batch, T)`` int64, see :func:`prefix_lm_loss`; a token behind padding, predicted from nothing,
+            labels: `(batch, T)` int64, see `prefix_lm_loss`; a token behind padding, predicted from nothing,
                 has no loss.
             use_cache: return the states; None: not in training, nor with labels.
             logits_to_keep: logits of so many last positions only; 0: of all.
@@ -118,10 +118,10 @@ class PrefixLinearAttentionForCausalLM(PreTrainedModel, GenerationMixin):
         """transformers' `generate`; what it adds is never part of the prefix.
 
         Args:
-            inputs: ``(batch, T)`` prompts, or give `input_ids`; padded on the left. Without an `attention_mask`, tokens
+            inputs: `(batch, T)` prompts, or give `input_ids`; padded on the left. Without an `attention_mask`, tokens
                 with the id of padding are padding, unless this id ends texts too.
             generation_config: settings, in place of the model's own.
-            prefix_lengths: ``(batch,)``, see `forward`; longer than a prompt means all of it.
+            prefix_lengths: `(batch,)`, see `forward`; longer than a prompt means all of it.
 
         Raises:
             InvalidBatchError, UnsupportedModelError: see `forward`; no prompts, or prompts without tokens.
@@ -161,10 +161,10 @@ def prefix_lm_loss(logits: Tensor, labels: Tensor, prefix: Tensor, *, mlm_weight
     """Mean over next tokens, plus `mlm_weight` times the mean over masked tokens; a mean of nothing is 0.
 
     Args:
-        logits: ``(batch, T, V)``.
-        labels: ``(batch, T)`` int64, each at its own position as transformers has them; -100: no loss. A label of the
+        logits: `(batch, T, V)`.
+        labels: `(batch, T)` int64, each at its own position as transformers has them; -100: no loss. A label of the
             prefix is a masked token, predicted where it stands; others are predicted one token before.
-        prefix: ``(batch, T)`` bool.
+        prefix: `(batch, T)` bool.
         mlm_weight: see above.
 
     Returns:

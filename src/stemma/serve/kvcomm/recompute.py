@@ -69,7 +69,7 @@ def _refuse_other_masks(inner: Any) -> None:
 
 
 def first_layer(model: Any, ids: Sequence[int], start: int) -> KeyValues:
-    """Keys and values of the first layer of tokens of which the first one stands at ``start``."""
+    """Keys and values of the first layer of tokens of which the first one stands at `start`."""
     cache = plain_cache()
     cache.layers.append(_Stop())
     try:
@@ -80,7 +80,7 @@ def first_layer(model: Any, ids: Sequence[int], start: int) -> KeyValues:
 
 
 def token_errors(true: KeyValues, held: KeyValues) -> Tensor:
-    """``(T,)`` how far the held keys or values of each token are off, relative to the mean norm of the true ones."""
+    """`(T,)` how far the held keys or values of each token are off, relative to the mean norm of the true ones."""
     found = []
     for own, other in zip(true, held, strict=True):
         apart, norm = (x[0].float().transpose(0, 1).flatten(1).norm(dim=1) for x in (own - other, own))
@@ -94,7 +94,7 @@ def second_layer(model: Any, ids: Sequence[int], positions: Tensor, states: Laye
     Args:
         model: a model whose every layer caches keys and values.
         ids: the prompt.
-        positions: ``(S,)`` int64, ascending.
+        positions: `(S,)` int64, ascending.
         states: of all tokens of the prompt, right in the first layer; at least two layers.
 
     Raises:
@@ -113,14 +113,14 @@ def second_layer(model: Any, ids: Sequence[int], positions: Tensor, states: Laye
 
 
 def key_errors(true: KeyValues, estimated: KeyValues, positions: Tensor) -> Tensor:
-    """``(S,)`` relative differences of estimated keys (of all tokens) from true ones at ``positions``."""
+    """`(S,)` relative differences of estimated keys (of all tokens) from true ones at `positions`."""
     wanted = true.key[0].float()
     off = (estimated.key[0][:, positions.to(wanted.device)].float() - wanted).square().sum(dim=(0, 2))
     return (off / wanted.square().sum(dim=(0, 2)).clamp_min(1e-30)).sqrt()
 
 
 def recompute(model: Any, ids: Sequence[int], positions: Tensor, states: Layers) -> Layers:
-    """KeyValues of a prompt with the tokens at ``positions`` computed anew; arguments as :func:`second_layer`."""
+    """KeyValues of a prompt with the tokens at `positions` computed anew; arguments as `second_layer`."""
     cache = plain_cache(states)
     _rerun(model, ids, positions, cache)
     fresh = cached_states(cache, states[0].key.shape[2])

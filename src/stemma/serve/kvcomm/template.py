@@ -17,7 +17,7 @@ _MARK = "\ue000{}\ue001"
 
 @dataclass(frozen=True)
 class Template:
-    """Pieces of text around placeholders: ``pieces[0] names[0] pieces[1] names[1] ... pieces[-1]``."""
+    """Pieces of text around placeholders: `pieces[0] names[0] pieces[1] names[1] ... pieces[-1]`."""
 
     pieces: tuple[str, ...]
     names: tuple[str, ...]
@@ -33,7 +33,7 @@ class Template:
 
     @classmethod
     def parse(cls, text: str) -> "Template":
-        """``"Question: {question}\\nAnswer:"``, braces that are none doubled as in `str.format`.
+        """`"Question: {question}\\nAnswer:"`, braces that are none doubled as in `str.format`.
 
         Raises:
             InvalidBatchError: no placeholder, one without a name or with a format, one name twice.
@@ -46,7 +46,7 @@ class Template:
         """Chat messages whose contents have placeholders, with the tokenizer's template and its generation prompt.
 
         Raises:
-            InvalidBatchError: as :meth:`parse`, or the chat template lost or repeated a placeholder.
+            InvalidBatchError: as `parse`, or the chat template lost or repeated a placeholder.
         """
         marked, order = [], []
         for message in messages:

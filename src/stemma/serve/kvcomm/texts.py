@@ -78,7 +78,7 @@ class Content:
     base: Layers | None = None
     """Keys and values alone, as if its first token stood behind the header; None until they are needed."""
     owner: tuple[object, ...] = field(default=(), repr=False)
-    """What the base belongs to: :attr:`Texts.owner` when it was made."""
+    """What the base belongs to: `Texts.owner` when it was made."""
     lock: Any = field(default_factory=threading.Lock, repr=False)
 
 
@@ -102,7 +102,7 @@ class Usage:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Prefill:
-    """What `generate` continues from: ``model.generate(**prefill.inputs, past_key_values=prefill.cache)``."""
+    """What `generate` continues from: `model.generate(**prefill.inputs, past_key_values=prefill.cache)`."""
 
     ids: list[int]
     cache: DynamicCache
@@ -119,11 +119,11 @@ class Prefill:
     spans: dict[str, tuple[int, int]]
     """Where each text stands in the prompt."""
     owner: tuple[object, ...] = field(default=(), repr=False)
-    """What the cache belongs to: :attr:`Texts.owner` when it was made."""
+    """What the cache belongs to: `Texts.owner` when it was made."""
 
     @property
     def inputs(self) -> dict[str, Tensor]:
-        """``input_ids`` and ``attention_mask`` of the whole prompt, ``(1, length)``."""
+        """`input_ids` and `attention_mask` of the whole prompt, `(1, length)`."""
         ids = torch.tensor([self.ids], device=self.cache.layers[0].keys.device)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
@@ -138,7 +138,7 @@ class Texts:
         pool: anchors; a new pool when None.
 
     Raises:
-        UnsupportedModelError: keys of a layer cannot be moved; names the layer. See :func:`find_rotations`.
+        UnsupportedModelError: keys of a layer cannot be moved; names the layer. See `find_rotations`.
         InvalidBatchError: the pool belongs to another model.
     """
 
@@ -152,7 +152,7 @@ class Texts:
         self.header = tuple(text_ids(tokenizer, self.config.header))
         self._known: tuple[Any, dict[str, str]] | None = None
         self.owner: tuple[object, ...] = ()
-        """The model as it was at the last :meth:`check`, and the header: what keys and values depend on."""
+        """The model as it was at the last `check`, and the header: what keys and values depend on."""
         self._turned: tuple[object, ...] | None = None
         self.check()
         self._turned = self.owner
@@ -160,7 +160,7 @@ class Texts:
     def check(self) -> None:
         """Refuse a model that has changed since the anchors were made, or would drop activations at random.
 
-        What counts as a change is said in :func:`stemma.models.weights_state.weights_state`.
+        What counts as a change is said in `stemma.models.weights_state.weights_state`.
 
         Raises:
             UnsupportedModelError: the model, or a part of it with dropout, is in training mode.
@@ -248,7 +248,7 @@ class Texts:
         """Keys and values of a text alone, with its first token behind the header, and how many tokens were run.
 
         Raises:
-            InvalidBatchError: as :meth:`check` and :meth:`check_base`.
+            InvalidBatchError: as `check` and `check_base`.
         """
         with content.lock:
             if content.base is not None and content.owner == self.owner:
@@ -267,7 +267,7 @@ def copied(layers: Layers) -> Layers:
 
 
 def cut(layers: Layers, begin: int, end: int) -> Layers:
-    """Views of the tokens ``[begin, end)``."""
+    """Views of the tokens `[begin, end)`."""
     return tuple(KeyValues(key[:, :, begin:end], value[:, :, begin:end]) for key, value in layers)
 
 

@@ -15,24 +15,24 @@ _MOST_HALVINGS = 60
 
 
 def total_tokens(keep: float, layers: int, tokens: int, least: int) -> int:
-    """``floor(keep * layers * tokens)``, and at least ``least`` in every layer. Exact in the decimals of ``keep``."""
+    """`floor(keep * layers * tokens)`, and at least `least` in every layer. Exact in the decimals of `keep`."""
     return max(math.floor(Fraction(str(keep)) * layers * tokens), layers * least)
 
 
 def waterline(retained: Sequence[np.ndarray], total: int, least: int) -> np.ndarray:
     """Sizes of all layers such that the lowest retained share of importance is as high as the budget allows.
 
-    The size of a layer at the waterline ``p`` is the fewest tokens that retain a share ``p`` (the paper's ``O_l(p)``).
-    Bisection finds the highest ``p`` that fits; the tokens that are left over raise the lowest layer, one by one.
+    The size of a layer at the waterline `p` is the fewest tokens that retain a share `p` (the paper's `O_l(p)`).
+    Bisection finds the highest `p` that fits; the tokens that are left over raise the lowest layer, one by one.
 
     Args:
-        retained: for each layer ``(N + 1,)`` the share that its first ``0..N`` tokens in order of priority retain, from
+        retained: for each layer `(N + 1,)` the share that its first `0..N` tokens in order of priority retain, from
             0 to 1, not falling.
-        total: tokens of all layers, between ``least`` and ``N`` in each.
+        total: tokens of all layers, between `least` and `N` in each.
         least: fewest tokens of a layer.
 
     Returns:
-        ``(layers,)`` int64 with the sum ``total``. Those of a larger total are nowhere smaller.
+        `(layers,)` int64 with the sum `total`. Those of a larger total are nowhere smaller.
     """
 
     def sizes_at(p: float) -> np.ndarray:
@@ -50,7 +50,7 @@ def waterline(retained: Sequence[np.ndarray], total: int, least: int) -> np.ndar
 
 
 def reference_waterline(retained: Sequence[np.ndarray], total: int, least: int) -> np.ndarray:
-    """What :func:`waterline` computes, token by token: each goes to the layer that retains least so far."""
+    """What `waterline` computes, token by token: each goes to the layer that retains least so far."""
     sizes = np.full(len(retained), least, dtype=np.int64)
     while sizes.sum() < total:
         open_layers = [n for n, share in enumerate(retained) if sizes[n] < share.size - 1]
@@ -59,7 +59,7 @@ def reference_waterline(retained: Sequence[np.ndarray], total: int, least: int) 
 
 
 def proportional(weights: Sequence[float], tokens: int, total: int, least: int) -> np.ndarray:
-    """Sizes in proportion to positive weights, each between ``least`` and ``tokens``, with the sum ``total``."""
+    """Sizes in proportion to positive weights, each between `least` and `tokens`, with the sum `total`."""
     share = total * np.asarray(weights, dtype=np.float64) / sum(weights)
     sizes = np.clip(np.floor(share), least, tokens).astype(np.int64)
     if sizes.sum() > total:
@@ -68,14 +68,14 @@ def proportional(weights: Sequence[float], tokens: int, total: int, least: int) 
 
 
 def pyramid(layers: int, steepness: float = 20.0) -> list[float]:
-    """Weights that fall from the first layer to the last, which gets ``1 / steepness`` of the mean (PyramidKV, arXiv
+    """Weights that fall from the first layer to the last, which gets `1 / steepness` of the mean (PyramidKV, arXiv
     2406.02069, section 4.2)."""
     last = 1 / steepness
     return [1.0] if layers == 1 else np.linspace(2 - last, last, layers).tolist()
 
 
 def _filled(sizes: np.ndarray, most: Sequence[int], total: int, level: Callable[[int, int], float]) -> np.ndarray:
-    """Give one token after the other to the lowest layer (of equal ones the first) until the sum is ``total``."""
+    """Give one token after the other to the lowest layer (of equal ones the first) until the sum is `total`."""
     heap = [(level(n, int(size)), n) for n, size in enumerate(sizes) if size < most[n]]
     heapq.heapify(heap)
     for _ in range(total - int(sizes.sum())):

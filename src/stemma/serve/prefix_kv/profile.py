@@ -22,7 +22,7 @@ _SAMPLED = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """Made by :func:`stemma.serve.prefix_kv.calibrate`."""
+    """Made by `stemma.serve.prefix_kv.calibrate`."""
 
     model: str
     """Fingerprint of the model."""
@@ -82,7 +82,7 @@ class Profile:
 
     @classmethod
     def load(cls, path: Path | str) -> "Profile":
-        """Read what :meth:`save` wrote.
+        """Read what `save` wrote.
 
         Raises:
             InvalidDataError: the file is missing, cannot be read, or is something else.

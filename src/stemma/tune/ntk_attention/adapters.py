@@ -40,7 +40,7 @@ class NamedPrefixes(nn.ModuleDict):
 
     def forward(self, query: Tensor, scale: float) -> tuple[Tensor, Tensor] | None:
         """The merged attention over the active prefixes, which is that of one prefix with their sums added up; see
-        :class:`KernelPrefix`."""
+        `KernelPrefix`."""
         self.read = True
         found: tuple[Tensor, Tensor] | None = None
         for name in self.active:
@@ -54,7 +54,7 @@ class NamedPrefixes(nn.ModuleDict):
         self._handles = [module.register_forward_pre_hook(_forget), module.register_forward_hook(_refuse_unread)]
 
     def remove_from(self, module: nn.Module) -> None:
-        """Undo :meth:`add_to`."""
+        """Undo `add_to`."""
         for handle in self._handles:
             handle.remove()
         delattr(module, KERNEL_PREFIX)
@@ -80,7 +80,7 @@ def prefixes_of(model: Any) -> dict[nn.Module, NamedPrefixes]:
 
 
 def adapter_of(model: Any, adapter_name: str) -> dict[nn.Module, Any]:
-    """The :class:`KernelPrefix` of each attention module that an adapter has one for."""
+    """The `KernelPrefix` of each attention module that an adapter has one for."""
     return {module: each[adapter_name] for module, each in prefixes_of(model).items() if adapter_name in each}
 
 
@@ -125,7 +125,7 @@ def enabled(model: Any) -> Iterator[None]:
 def add_adapter(model: Any, adapter_name: str, made: dict[nn.Module, KernelPrefix], *, freeze: bool) -> None:
     """Add prefixes to attention modules under a new name, and make them the active adapter.
 
-    With ``freeze`` nothing else is to be trained but what adapters of peft train.
+    With `freeze` nothing else is to be trained but what adapters of peft train.
     """
     if freeze:
         inner = base_model(model)
@@ -153,7 +153,7 @@ def set_adapter(model: Any, adapter_name: str | Sequence[str]) -> None:
     """Let one adapter act, or several together; their sums add up. They are the ones to be trained from now on.
 
     Raises:
-        ValueError: there is no such adapter, a name twice, or none (:func:`disable_adapter` is for that).
+        ValueError: there is no such adapter, a name twice, or none (`disable_adapter` is for that).
     """
     chosen, known = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name), adapter_names(model)
     if not chosen or len(set(chosen)) != len(chosen) or not set(chosen) <= set(known):

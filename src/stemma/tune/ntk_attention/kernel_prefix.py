@@ -16,10 +16,10 @@ would be 0 / 0."""
 
 
 class KernelPrefix(nn.Module):
-    """``Z`` and ``k`` of the heads of one layer.
+    """`Z` and `k` of the heads of one layer.
 
-    With a positive map the parameters are ``log k`` and the mean values ``Z / k``, which do not grow with the length of
-    the prefix; with a signed one ``k`` and ``Z``. In float32 at least, whatever the model's type, and under autocast.
+    With a positive map the parameters are `log k` and the mean values `Z / k`, which do not grow with the length of
+    the prefix; with a signed one `k` and `Z`. In float32 at least, whatever the model's type, and under autocast.
 
     Args:
         feature_map: of queries and keys.
@@ -27,10 +27,10 @@ class KernelPrefix(nn.Module):
         key_heads: key/value heads.
         head_dim: size of queries and keys.
         value_dim: size of values.
-        rank: values are a product of ``(r, rank)`` and ``(rank, value_dim)``; None: one matrix.
+        rank: values are a product of `(r, rank)` and `(rank, value_dim)`; None: one matrix.
         per_key_head: one prefix for each key head instead of each query head.
         selected: the heads (of the kind above) that have a prefix; None: all.
-        seed: of the projection of random features and of :meth:`start`.
+        seed: of the projection of random features and of `start`.
         dtype: of the parameters.
         device: of the parameters.
     """
@@ -84,12 +84,12 @@ class KernelPrefix(nn.Module):
 
     @property
     def sums(self) -> KernelSums:
-        """``(prefixes, r)`` and ``(prefixes, r, value_dim)``, see :class:`stemma.attention.kernelized.KernelSums`."""
+        """`(prefixes, r)` and `(prefixes, r, value_dim)`, see `stemma.attention.kernelized.KernelSums`."""
         return KernelSums(self.key, self.value if self.rank is None else self.value_left @ self.value_right)
 
     def forward(self, query: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """Attention over the prefix, ``(rows, heads, n, value_dim)`` for queries ``(rows, heads, n, head_dim)``,
-        and its log-sum-exp ``(rows, heads, n)``."""
+        """Attention over the prefix, `(rows, heads, n, value_dim)` for queries `(rows, heads, n, head_dim)`,
+        and its log-sum-exp `(rows, heads, n)`."""
         with in_own_precision(query.device):
             return self._attention(query, scale)
 
@@ -111,8 +111,8 @@ class KernelPrefix(nn.Module):
         """Become the stand-in of keys and values.
 
         Args:
-            key: ``(1, key_value_heads, m, head_dim)``, as attention sees them.
-            value: ``(1, key_value_heads, m, value_dim)``.
+            key: `(1, key_value_heads, m, head_dim)`, as attention sees them.
+            value: `(1, key_value_heads, m, value_dim)`.
             scale: of the scores.
             weight: factor on both sums.
         """
@@ -131,7 +131,7 @@ class KernelPrefix(nn.Module):
 
     @torch.no_grad()
     def start(self, scale: float, mass: float | None) -> None:
-        """Start training from the sums over eight small random keys and values, together of weight ``mass``; with None,
+        """Start training from the sums over eight small random keys and values, together of weight `mass`; with None,
         of that of one key under the published map, and with 0, from a prefix that nobody sees (its gradients are as
         small)."""
         if mass is None:

@@ -24,15 +24,15 @@ __all__ = [
 ]
 
 KeyValues = Mapping[nn.Module, tuple[Tensor, Tensor]]
-"""Keys ``(1, key_value_heads, m, head_dim)`` and values of a prefix, as attention sees them, by attention module."""
+"""Keys `(1, key_value_heads, m, head_dim)` and values of a prefix, as attention sees them, by attention module."""
 
 
 def prefix_states(model: Any, ids: Any) -> dict[nn.Module, tuple[Tensor, Tensor]]:
     """Keys and values of a prefix of token ids, as they are for tokens that follow at position 0.
 
-    With rotary positions the prefix stands at positions ``-m`` to ``-1``, so that what follows sees it as in one
-    sequence. With learned positions there is nothing before 0; it stands at 0 to ``m - 1``, and what follows sees it as
-    in one sequence only when it is given the ``position_ids`` from ``m`` on.
+    With rotary positions the prefix stands at positions `-m` to `-1`, so that what follows sees it as in one
+    sequence. With learned positions there is nothing before 0; it stands at 0 to `m - 1`, and what follows sees it as
+    in one sequence only when it is given the `position_ids` from `m` on.
 
     Args:
         model: an enabled model, or one to enable.
@@ -58,9 +58,9 @@ def prefix_states(model: Any, ids: Any) -> dict[nn.Module, tuple[Tensor, Tensor]
 def peft_prefix_states(model: Any) -> dict[nn.Module, tuple[Tensor, Tensor]]:
     """Keys and values that a prefix-tuning adapter of peft (P-tuning v2 included) has learned.
 
-    peft puts them in the cache unrotated, and its tokens begin behind them, at position ``m``; with rotary positions
-    the keys are turned back by ``m`` here, so that tokens from position 0 on see the same. With learned positions the
-    tokens themselves are others at position ``m``: what follows must be given the ``position_ids`` from ``m`` on.
+    peft puts them in the cache unrotated, and its tokens begin behind them, at position `m`; with rotary positions
+    the keys are turned back by `m` here, so that tokens from position 0 on see the same. With learned positions the
+    tokens themselves are others at position `m`: what follows must be given the `position_ids` from `m` on.
 
     Args:
         model: a `PeftModel` whose active adapter is prefix tuning.
@@ -84,7 +84,7 @@ def peft_prefix_states(model: Any) -> dict[nn.Module, tuple[Tensor, Tensor]]:
 
 
 def _turned_back(inner: nn.Module, module: nn.Module, key: Tensor) -> Tensor:
-    """Keys with the rotation of position ``-m``."""
+    """Keys with the rotation of position `-m`."""
     rotary = [part for part in inner.modules() if type(part).__name__.endswith("RotaryEmbedding")]
     apply = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
     if len(rotary) == 1 and apply is not None and getattr(rotary[0], "attention_scaling", None) == 1:
@@ -110,7 +110,7 @@ def check_prefix(model: Any, prefix: KeyValues) -> None:
 
 
 def first_position(model: Any, prefix: KeyValues, length: int) -> int:
-    """Position of the first of ``length`` tokens behind the exact prefix: 0, or ``m`` where positions are learned.
+    """Position of the first of `length` tokens behind the exact prefix: 0, or `m` where positions are learned.
 
     Raises:
         InvalidBatchError: there are not as many positions.
