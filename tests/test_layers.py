@@ -3,6 +3,7 @@
 import ast
 import sys
 from collections.abc import Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -330,3 +331,31 @@ def test_missing_docstrings_are_found() -> None:
         "f",
         "A.g",
     ]
+
+
+def exported(tree: ast.Module) -> list[str] | None:
+    """What a module lists in `__all__`; None without one."""
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return ast.literal_eval(node.value)
+    return None
+
+
+def test_all_lists_what_other_modules_use() -> None:
+    trees = {dotted(path): ast.parse(path.read_text(encoding="utf-8")) for path in modules()}
+    used: dict[str, set[str]] = {}
+    for tree in trees.values():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module in trees:
+                names = {alias.name for alias in node.names if f"{node.module}.{alias.name}" not in trees}
+                used.setdefault(node.module, set()).update(names)
+    missing = {name: used[name] - set(exported(trees[name]) or ()) for name in used}
+    assert {name: found for name, found in missing.items() if found} == {}
+
+
+def test_all_lists_what_there_is() -> None:
+    for path in modules():
+        name = dotted(path)
+        listed = exported(ast.parse(path.read_text(encoding="utf-8"))) or []
+        module = import_module(name) if listed and name != "stemma.rl.trl" else None  # whose names need TRL
+        assert [each for each in listed if module is not None and not hasattr(module, each)] == [], name

@@ -12,6 +12,8 @@ from stemma.census.configs import model_types
 from stemma.census.measure import WRONG, measure
 from stemma.census.report import write
 
+__all__ = ["main"]
+
 
 def main() -> int:
     """Print one line a type; exit with 1 when a type is silently wrong."""

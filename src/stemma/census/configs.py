@@ -19,6 +19,18 @@ from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+__all__ = [
+    "FIRST_ORDINARY_TOKEN",
+    "NOT_STANDALONE",
+    "VOCAB_SIZE",
+    "WINDOW",
+    "build",
+    "model_types",
+    "randomize_",
+    "shrunken_config",
+    "window_is_optional",
+]
+
 VOCAB_SIZE = 128
 WINDOW = 24
 FIRST_ORDINARY_TOKEN = 10

@@ -25,6 +25,22 @@ from stemma.scoring.enable import disable, enable
 from stemma.scoring.score import backward, score
 from stemma.scoring.scores import Scores
 
+__all__ = [
+    "CONTROL_FACTOR",
+    "EXACT",
+    "INCONCLUSIVE",
+    "NOT_BUILT",
+    "REFUSED",
+    "TOLERANCE",
+    "WRONG",
+    "KeepDouble",
+    "Measurement",
+    "census_tree",
+    "logprobs_alone",
+    "logprobs_packed_without_tree",
+    "measure",
+]
+
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 """Largest accepted difference of a log-probability (nats), and of a gradient relative to the parameter's largest."""
 

@@ -23,6 +23,8 @@ from stemma.census.measure import (
 )
 from stemma.files import write_text
 
+__all__ = ["read", "render", "write"]
+
 _COLUMNS = (
     "Model type",
     "Class",

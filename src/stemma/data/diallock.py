@@ -31,6 +31,26 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerFast
 
+__all__ = [
+    "Episode",
+    "Problem",
+    "draw_problems",
+    "draw_shots",
+    "encode",
+    "many_shot_prompt",
+    "noisy_episode",
+    "oracle_episode",
+    "outcome",
+    "packed_batch",
+    "packed_sequence",
+    "parse_prompt",
+    "problems",
+    "reward",
+    "tokenizer",
+    "turn",
+    "verify",
+]
+
 PAD_TOKEN, EOS_TOKEN = "<pad>", "<eos>"
 VOCABULARY = (PAD_TOKEN, EOS_TOKEN, *"0123456789", *">:abcd.!\n")
 PAD_ID, EOS_ID, VOCAB_SIZE = 0, 1, len(VOCABULARY)

@@ -17,6 +17,17 @@ from os import PathLike
 from stemma.data.records import PromptRecord, read_jsonl, read_prompts, text_field
 from stemma.errors import InvalidDataError
 
+__all__ = [
+    "Problem",
+    "few_shot_prompt",
+    "final_answer",
+    "final_text",
+    "prompt_records",
+    "read_answered_prompts",
+    "read_problems",
+    "reward",
+]
+
 # The published answers mark the result with `####`, the published model solutions with `A:`. A line behind the mark
 # that begins like a number, or with LaTeX, is the answer.
 _FINAL_ANSWER = re.compile(r"^(?:####|A:)\s*([-+−]?\s?[$€£¥]?\s?[-+−]?(?:\.?[0-9]|\\).*)$", re.MULTILINE)

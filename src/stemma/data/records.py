@@ -11,6 +11,8 @@ from typing import Any
 
 from stemma.errors import InvalidDataError
 
+__all__ = ["PromptRecord", "read_jsonl", "read_prompts", "text_field"]
+
 
 @dataclass(frozen=True, slots=True)
 class PromptRecord:

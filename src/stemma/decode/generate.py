@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-__all__ = ["Config", "Generations", "generate", "prompt_ids"]
+__all__ = ["Config", "Generations", "Prompt", "generate", "prompt_ids"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,8 @@ from urllib.parse import urlsplit
 
 from stemma.errors import ServerError
 
+__all__ = ["JsonClient"]
+
 _RETRY_SECONDS = 0.5
 """Before the second attempt; twice as long before each further one."""
 _MAX_BYTES = 64 * 2**20

@@ -26,6 +26,8 @@ from stemma.scoring.enable import while_enabled
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+__all__ = ["Decoder", "shared_prefixes"]
+
 _MAX_LOGITS = 2**26
 """Most logits to hold at a time for the log-probabilities of forced tokens."""
 

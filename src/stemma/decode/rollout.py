@@ -28,6 +28,8 @@ from stemma.models.tokens import as_id_list
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+__all__ = ["Forced", "Generator", "LocalGenerator", "Rollouts", "check_counts", "checked_forced", "generate_groups"]
+
 Forced = Sequence[Sequence[Sequence[int]]]
 """``forced[b][g]``: token ids that continuation ``g`` of prompt ``b`` begins with."""
 

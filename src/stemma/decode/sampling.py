@@ -16,6 +16,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+__all__ = ["StopCondition", "TokenSampler", "sampling_dtype"]
+
 
 @dataclass(frozen=True, slots=True)
 class TokenSampler:

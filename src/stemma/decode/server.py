@@ -45,10 +45,10 @@ from stemma.models.tokens import as_id_list
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+__all__ = ["ServerGenerator"]
 
 _LOADED = "loaded"
 """File in a folder of weights, written when the server has loaded them."""
-
 
 _ROUNDING = 1e-4
 """Log-probabilities above 0 by no more than this are 0, as a server computes it."""

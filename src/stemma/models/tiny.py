@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+__all__ = ["byte_tokenizer", "tiny_config", "tiny_model", "train_tokenizer"]
+
 EOS_TOKEN = "<eos>"
 PAD_TOKEN = "<pad>"
 

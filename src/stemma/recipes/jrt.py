@@ -29,6 +29,18 @@ from stemma.recipes._statistics import mean_and_error
 from stemma.train.optimizer import adamw, apply_gradients, schedule
 from stemma.train.seeds import stream, stream_seed
 
+__all__ = [
+    "Disjointness",
+    "Examples",
+    "Recall",
+    "Setting",
+    "prefill_flops",
+    "prefill_times",
+    "rows_for",
+    "run",
+    "train",
+]
+
 _METHODS = {
     "causal": "linear",
     "JRT-Prompt": "linear",

@@ -24,6 +24,8 @@ from stemma.rl.engine.hooks import sample
 from stemma.rl.grpo import Config as TrainerConfig
 from stemma.train.seeds import stream_seed
 
+__all__ = ["run", "variances"]
+
 _OUTPUTS, _CONTINUATIONS, _PROMPTS = 8, 3, 8
 _LEARNING_RATE = 1e-4  # GRPO learns faster with 2e-4, with which PPPO loses again what it has gained
 PPPO, FIXED = "PPPO", "PPPO, 35 % from the start"

@@ -23,6 +23,8 @@ from stemma.rl import prefix_rft
 from stemma.train import sft
 from stemma.train.seeds import stream_seed
 
+__all__ = ["run"]
+
 _SFT_STEPS, _SFT_BATCH, _SFT_RATE = 60, 16, 1e-3
 _TOTAL_STEPS = 60  # optimiser steps of a run, about: the schedule of prefix lengths ends there
 SFT, SFT_GRPO, RFT = "SFT", "SFT, then GRPO", "Prefix-RFT"

@@ -22,6 +22,8 @@ from stemma.rl import prefix_rl
 from stemma.rl.engine.collect import collect_traces
 from stemma.train.seeds import stream_seed
 
+__all__ = ["run"]
+
 ONLY, MIXED = "PrefixRL, prefixed only", "PrefixRL, 3 prefixed : 1 plain"
 LONGER, MISMATCHED = "GRPO with the collection's tokens", "prefixes of other problems"
 

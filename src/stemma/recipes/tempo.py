@@ -23,6 +23,8 @@ from stemma.rl.grpo import Config as TrainerConfig
 from stemma.rl.tempo import TreeCredit, ValueTree
 from stemma.train.seeds import stream, stream_seed
 
+__all__ = ["ShuffledTreeCredit", "run"]
+
 _MIN_DESCENDANTS = 4  # of the nodes whose value is compared with continuations
 _CONTINUATIONS = 64
 _CONTROLS = 5  # seeds with the control

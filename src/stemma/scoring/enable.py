@@ -18,7 +18,7 @@ from stemma.models.support import not_dispatching, refuse_unsuitable
 from stemma.prefix.tree import PrefixTree
 from stemma.scoring.forward import ForwardSettings, Targets, plain_forward, tree_forward
 
-__all__ = ["SelfTest", "disable", "enable", "while_enabled"]
+__all__ = ["TOLERANCE", "SelfTest", "disable", "enable", "while_enabled", "without_dropout"]
 
 
 _lock = threading.RLock()

@@ -12,7 +12,7 @@ from stemma.rl.engine.options import (
     ScaleRewards,
 )
 
-__all__ = ["GroupCredit"]
+__all__ = ["GroupCredit", "equal_reward_groups", "group_relative", "leave_one_out", "reward_scale", "zero_std_fraction"]
 
 
 @dataclass(frozen=True, kw_only=True)

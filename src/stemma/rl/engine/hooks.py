@@ -25,7 +25,25 @@ from stemma.train.seeds import stream
 if TYPE_CHECKING:
     from stemma.decode.rollout import Generator
 
-__all__ = []
+__all__ = [
+    "Credit",
+    "Generate",
+    "IsBoundary",
+    "LossMask",
+    "Need",
+    "PromptSource",
+    "Reward",
+    "Rollout",
+    "Row",
+    "Run",
+    "ShuffledRows",
+    "all_tokens",
+    "checked_advantages",
+    "end_token_ids",
+    "independent_samples",
+    "mean_of",
+    "sample",
+]
 
 
 Row = Mapping[str, Any]

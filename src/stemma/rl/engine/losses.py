@@ -23,6 +23,16 @@ from stemma.rl.engine.options import (
     LossType,
 )
 
+__all__ = [
+    "TokenLoss",
+    "importance_weights",
+    "kl_estimate",
+    "soft_overlong_punishment",
+    "token_loss",
+    "token_weights",
+    "weighted_rewards",
+]
+
 
 def token_weights(
     mask: Tensor,

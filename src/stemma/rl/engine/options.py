@@ -6,7 +6,18 @@ from numbers import Integral, Real
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-__all__ = ["Config", "check_fields", "require"]
+__all__ = [
+    "Config",
+    "CreditName",
+    "ImportanceSamplingLevel",
+    "ImportanceSamplingMode",
+    "KLEstimator",
+    "LossType",
+    "ScaleRewards",
+    "SchedulerType",
+    "check_fields",
+    "require",
+]
 
 LossType = Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo"]
 ScaleRewards = Literal["group", "batch", "none"]

@@ -86,7 +86,6 @@ __all__ = [
     "parameter_count",
     "peft_prefix_states",
     "prefix_states",
-    "run",
     "save_adapter",
     "set_adapter",
 ]
