@@ -272,13 +272,6 @@ def test_lengths_of_other_prompts_change_nothing(model_type):
         assert together.completions[index] == alone.completions[0]
 
 
-def test_an_adapter_of_learned_tokens_is_refused():
-    peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(make("llama"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
-    with pytest.raises(UnsupportedModelError, match="learned tokens in front of every prompt"):
-        generate_groups(model, PROMPTS, num_generations=1, max_new_tokens=2, eos_token_id=None)
-
-
 def test_a_model_that_cannot_keep_a_tree_repeats_its_prompts():
     model = build("diffllama", torch.float32)
     rollouts = generate_groups(model, PROMPTS, num_generations=1, max_new_tokens=4, eos_token_id=None, temperature=0)

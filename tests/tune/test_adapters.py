@@ -12,8 +12,9 @@ from torch import Tensor
 import decoders
 import stemma
 from decoders import keep_double
-from stemma.errors import InvalidBatchError, InvalidDataError
+from stemma.errors import InvalidBatchError, InvalidDataError, UnsupportedModelError
 from stemma.models.layer_attention import KERNEL_PREFIX
+from stemma.models.tiny import tiny_model
 from stemma.tune.ntk_attention import (
     Config,
     active_adapters,
@@ -187,7 +188,7 @@ def test_an_adapter_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:
         load_adapter(model, tmp_path, "b")
 
 
-@pytest.mark.parametrize("name", ["a", "", "x.y", "active", "keys", "forward"])
+@pytest.mark.parametrize("name", ["a", "", "x.y", "active", "chosen", "keys", "forward"])
 def test_names_that_clash_are_refused(name: str, tmp_path: Path) -> None:
     model = heavy(decoder(), "a")
     save_adapter(model, tmp_path)
@@ -195,6 +196,51 @@ def test_names_that_clash_are_refused(name: str, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="already" if name == "a" else "cannot be named"):
             add()
     assert adapter_names(model) == ["a"]
+
+
+def test_what_is_chosen_or_attached_while_adapters_are_disabled_acts_afterwards(tmp_path: Path) -> None:
+    model = heavy(heavy(decoder(), "a", seed=1), "b", seed=2)
+    bare = logits(decoder())
+    only_b = logits(model)
+    set_adapter(model, "a")
+    only_a = logits(model)
+    with disable_adapter(model):
+        assert active_adapters(model) == []
+        set_adapter(model, "b")
+        assert torch.equal(logits(model), bare)
+        with disable_adapter(model):
+            pass
+        assert torch.equal(logits(model), bare)
+    assert (active_adapters(model), trained(model)) == (["b"], {"b"})  # as peft has it
+    assert torch.equal(logits(model), only_b)
+    with disable_adapter(model):
+        heavy(model, "c", Config(layers=(0,)), seed=3)
+        delete_adapter(model, "b")
+        assert torch.equal(logits(model), bare)
+    assert (active_adapters(model), trained(model)) == (["c"], {"c"})
+    assert not torch.equal(logits(model), bare)
+    set_adapter(model, "a")
+    assert torch.equal(logits(model), only_a)
+
+
+def test_weights_on_the_meta_device_are_refused(tmp_path: Path) -> None:
+    save_adapter(heavy(decoder(), "a"), tmp_path)
+    with torch.device("meta"):
+        model = tiny_model("llama", **decoders.SIZES)
+    for add in (lambda: attach(model), lambda: load_adapter(model, tmp_path)):
+        with pytest.raises(UnsupportedModelError, match="meta device"):
+            add()
+
+
+def test_attention_weights_with_a_prefix_are_refused() -> None:
+    model = decoder()
+    stemma.disable(model)
+    model.set_attn_implementation("eager")
+    heavy(model, "a")
+    with pytest.raises(UnsupportedModelError, match="leave out output_attentions, or disable the adapter"):
+        model(IDS, output_attentions=True)
+    with disable_adapter(model):
+        assert len(model(IDS, output_attentions=True).attentions) == model.config.num_hidden_layers
 
 
 @pytest.mark.parametrize("names", ["z", [], ["a", "a"], ["a", "z"]])

@@ -18,14 +18,13 @@ from torch import Tensor, nn
 from stemma.cache.compressed import KeptStates, priority
 from stemma.decode.compression_report import CompressionReport, LayerReport
 from stemma.decode.prompts import pad_left
-from stemma.decode.reading_cache import RowsCache, refuse_checkpointing
+from stemma.decode.reading_cache import RowsCache, check_decodes
 from stemma.errors import InvalidBatchError, UnsupportedModelError
 from stemma.models.adapter import base_model
 from stemma.models.layer_attention import layer_name
 from stemma.models.limits import check_batch, check_lengths
 from stemma.prefix.radix import as_ids
 from stemma.prefix.tree import PrefixTree
-from stemma.scoring.forward import check_model
 
 __all__ = ["CompressedCache", "DecodeBudget"]
 
@@ -106,8 +105,7 @@ class CompressedCache(RowsCache):
             UnsupportedModelError: a layer of the model has no keys of its own that could be dropped; says which. Or
                 gradient checkpointing would drop the cache.
         """
-        check_model(model)
-        refuse_checkpointing(model)
+        check_decodes(model)
         if not rows:
             raise InvalidBatchError("there are no rows to compress; give at least one list of token ids.")
         ids = [as_ids(row, f"row {index}") for index, row in enumerate(rows)]

@@ -16,6 +16,7 @@ from stemma.decode.shared_prefix import SharedPrefix
 from stemma.errors import InvalidBatchError
 from stemma.models.adapter import base_model
 from stemma.models.limits import check_lengths
+from stemma.models.support import refuse_adapters_of_rows
 from stemma.models.tokens import as_id_list
 from stemma.scoring.enable import while_enabled
 
@@ -121,7 +122,8 @@ def generate(
             the vocabulary, more tokens (new ones included) than the model has positions, rotary frequencies that would
             change with the length, or a prefix of another model.
         UnsupportedModelError: unless `share="never"`: a layer of the model cannot share its keys and values, an
-            active dropout, or attention weights as output.
+            active dropout, an adapter of peft that depends on the whole row (learned tokens, activated LoRA), or
+            attention weights as output.
         ValueError: an option that the model does not take or that cannot be combined with shared prefixes, or one of
             sampling without `do_sample`.
     """
@@ -147,6 +149,7 @@ def generate(
     longest = max(map(len, whole))
     new = options.most_new_tokens(longest)
     if shared:
+        refuse_adapters_of_rows(model)
         check_lengths(model, longest + new)
     rows = max(config.num_beams or 1, config.num_return_sequences or 1)
     device = inner.get_input_embeddings().weight.device

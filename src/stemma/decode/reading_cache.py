@@ -23,8 +23,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from stemma.errors import InvalidBatchError, UnsupportedModelError
 from stemma.models.adapter import base_model, is_enabled
 from stemma.models.masks import mask_is_for
+from stemma.models.support import refuse_adapters_of_rows
+from stemma.scoring.forward import check_model
 
-__all__ = ["RowsCache", "refuse_checkpointing"]
+__all__ = ["RowsCache", "check_decodes"]
 
 
 class _Layer(CacheLayerMixin):
@@ -84,12 +86,15 @@ class _PrepareInputs:
         return getattr, (self._model(), "prepare_inputs_for_generation")
 
 
-def refuse_checkpointing(model: nn.Module) -> None:
-    """Refuse a model whose layers would not be handed a cache.
+def check_decodes(model: nn.Module) -> None:
+    """Refuse a model that cannot decode with a cache that answers queries.
 
     Raises:
-        UnsupportedModelError: gradient checkpointing is on in train mode.
+        UnsupportedModelError: it is not enabled, drops activations at random, has an adapter that depends on the whole
+            row, or drops its caches for gradient checkpointing.
     """
+    check_model(model)
+    refuse_adapters_of_rows(model)
     if any(module.training and getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise UnsupportedModelError(
             "gradient checkpointing is on in train mode, where transformers' layers drop their cache; call "

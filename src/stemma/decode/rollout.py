@@ -21,8 +21,9 @@ from torch import Tensor
 
 from stemma.decode.loop import Decoder
 from stemma.decode.sampling import StopCondition, TokenSampler
-from stemma.errors import InvalidBatchError, UnsupportedModelError
+from stemma.errors import InvalidBatchError
 from stemma.models.limits import check_prompts, vocabulary_size
+from stemma.models.support import refuse_adapters_of_rows
 from stemma.models.tokens import as_id_list
 
 if TYPE_CHECKING:
@@ -170,18 +171,14 @@ def generate_groups(
     Raises:
         InvalidBatchError: a prompt is empty, has an id outside the vocabulary, or is too long for the model; forced
             beginnings of another number of prompts or continuations, with such an id, or above `max_new_tokens`.
-        UnsupportedModelError: the model keeps no cache, or one that cannot be repeated (recurrent states); a peft
-            adapter of learned tokens.
+        UnsupportedModelError: the model keeps no cache, or one that cannot be repeated (recurrent states); an adapter
+            of peft that depends on the whole row (learned tokens, activated LoRA).
         ValueError: a sampling option is outside its range.
         FloatingPointError: the model's logits are not numbers.
     """
     check_counts(num_generations=num_generations, max_new_tokens=max_new_tokens, max_batch_size=max_batch_size)
     sampler = TokenSampler(temperature, top_p, top_k)
-    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} puts learned tokens in front of every prompt, which rollouts do not count; use an "
-            "adapter of weights such as LoRA, or the model's own generate"
-        )
+    refuse_adapters_of_rows(model)
     prompt_ids = [[int(token) for token in prompt] for prompt in prompts]
     check_prompts(model, prompt_ids, max_new_tokens)
     eos_ids = as_id_list(eos_token_id)

@@ -18,13 +18,12 @@ from torch import Tensor, nn
 from stemma.cache.key_values import PrefixKeyValues, even_heads
 from stemma.cache.plan import CALL_BYTES, PrefixNodes, SharingPlan, plan_sharing
 from stemma.decode.prompts import pad_left
-from stemma.decode.reading_cache import RowsCache, refuse_checkpointing
+from stemma.decode.reading_cache import RowsCache, check_decodes
 from stemma.decode.shared_prefix import SharedPrefix, encode_tree
 from stemma.errors import InvalidBatchError, UnsupportedModelError
 from stemma.models.limits import check_batch, check_lengths
 from stemma.prefix.radix import as_ids
 from stemma.prefix.tree import PrefixTree
-from stemma.scoring.forward import check_model
 
 __all__ = ["SharedPrefixCache", "SharingReport"]
 
@@ -133,8 +132,7 @@ class SharedPrefixCache(RowsCache):
             UnsupportedModelError: a layer of the model cannot share its keys and values; says which. Or gradient
                 checkpointing would drop the cache.
         """
-        check_model(model)
-        refuse_checkpointing(model)
+        check_decodes(model)
         if not rows:
             raise InvalidBatchError("there are no rows to decode; give at least one list of token ids.")
         ids = [as_ids(row, f"row {index}") for index, row in enumerate(rows)]

@@ -22,6 +22,7 @@ from stemma.files import replacing
 from stemma.models.adapter import LAYOUT_ARGUMENT, TreeCall, base_model, tree_call
 from stemma.models.fingerprint import active_adapters, fingerprint
 from stemma.models.limits import check_batch, check_lengths
+from stemma.models.support import refuse_adapters_of_rows
 from stemma.models.weights_state import weights_state
 from stemma.prefix.layout import Layout
 from stemma.prefix.parts import Part, partition
@@ -114,6 +115,7 @@ class SharedPrefix:
     @torch.no_grad()
     def _encode(cls, model: Any, above: "SharedPrefix | None", ids: Any, max_tokens: int | None) -> "SharedPrefix":
         check_model(model)
+        refuse_adapters_of_rows(model)
         new = as_ids(ids, "the prefix")
         if new.size == 0:
             raise InvalidBatchError("a prefix needs at least one token.")

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils.output_capturing import _active_collector
 
 from stemma.attention.decode import merge
 from stemma.attention.kernelized import attention_with_partial
@@ -96,6 +97,11 @@ def attention_with_prefix(
     """Attention under a dense mask, merged with what :func:`prefix_attention` gave; ``(rows, n, heads, value_dim)``."""
     where = layer_name(module)
     refuse_other_attention(where, module, **others)
+    if "attentions" in (_active_collector.get() or ()):
+        raise UnsupportedModelError(
+            f"{where} has a learned prefix, with which attention weights are not formed; leave out output_attentions, "
+            "or disable the adapter."
+        )
     if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.dim() != 4):
         raise UnsupportedModelError(
             f"{where} has a mask that is no (rows, 1, n, keys) tensor; a learned prefix needs a model loaded with "

@@ -23,6 +23,7 @@ from stemma.errors import UnsupportedModelError
 from stemma.models.adapter import base_model
 from stemma.models.layer_attention import KERNEL_PREFIX
 from stemma.models.limits import dynamic_rope_limit, max_positions, vocabulary_size
+from stemma.models.support import refuse_adapters_of_rows
 
 __all__ = ["LayerRotation", "Rotations", "cached_states", "encode", "few_logits", "find_rotations", "plain_cache"]
 
@@ -166,11 +167,7 @@ def _refuse_unsuitable(inner: PreTrainedModel, label: str, model: Any) -> None:
         raise UnsupportedModelError(f"{label} is an encoder-decoder; its keys belong to two sequences.")
     if "position_ids" not in inspect.signature(inner.forward).parameters:
         raise UnsupportedModelError(f"{label} takes no position_ids, so its tokens cannot be encoded at two places.")
-    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-        raise UnsupportedModelError(
-            f"{label} has a learned prefix of peft before every sequence; moved keys would carry it along. Merge or "
-            "disable the adapter."
-        )
+    refuse_adapters_of_rows(model)
     prefixes = [module._modules.get(KERNEL_PREFIX) for module in inner.modules()]
     if any(getattr(prefix, "active", ()) for prefix in prefixes):
         raise UnsupportedModelError(

@@ -1,6 +1,7 @@
 """What config and modules of a model show about whether it can run over prefix trees, without a forward."""
 
 import inspect
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -8,7 +9,7 @@ from transformers import PreTrainedModel
 from stemma.errors import UnsupportedModelError
 from stemma.models.adapter import base_model
 
-__all__ = ["not_dispatching", "refuse_by_structure", "refuse_unsuitable"]
+__all__ = ["not_dispatching", "refuse_adapters_of_rows", "refuse_by_structure", "refuse_unsuitable"]
 
 _LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 
@@ -83,3 +84,28 @@ def refuse_by_structure(model: nn.Module) -> None:
         raise UnsupportedModelError(
             f"{_label(inner)} takes no position_ids: it counts positions by itself, which in a tree are others."
         )
+
+
+def refuse_adapters_of_rows(model: nn.Module) -> None:
+    """Refuse active adapters of peft that depend on the row that a token stands in, so that its keys and values hold in
+    no other: learned tokens in front of each row, or LoRA that waits for its invocation.
+
+    Raises:
+        UnsupportedModelError: names the adapter and what to do.
+    """
+    config = getattr(model, "active_peft_config", None)
+    if getattr(config, "is_prompt_learning", False):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has an adapter of learned tokens ({type(config).__name__}), which peft puts in "
+            "front of every row by itself, so rows cannot share a prefix. Use an adapter of weights such as LoRA, "
+            "convert prefix tuning (stemma.tune.ntk_attention), or use the model's own generate."
+        )
+    for module in model.modules():
+        variants = module.__dict__.get("lora_variant") or {}
+        active: Any = () if not variants or module.disable_adapters else module.active_adapters
+        if any(type(variants.get(name)).__name__.startswith("ALora") for name in active):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has an activated LoRA adapter (alora_invocation_tokens), which looks for its "
+                "invocation in each row, so tokens of a shared prefix differ from row to row. Use an ordinary LoRA "
+                "adapter, or the model's own generate."
+            )

@@ -33,10 +33,17 @@ class NamedPrefixes(nn.ModuleDict):
     """The prefixes of one attention module by the name of their adapter; a sub-module of it, which it must ask in every
     forward."""
 
-    active: tuple[str, ...] = ()
-    """Names of those that are active."""
+    chosen: tuple[str, ...] = ()
+    """Names of those that :func:`set_adapter` has chosen."""
+    disabled = False
+    """Whether none of them acts (:func:`disable_adapter`)."""
     read = False
     """Whether attention asked since the attention module was called."""
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """Names of those that act."""
+        return () if self.disabled else self.chosen
 
     def forward(self, query: Tensor, scale: float) -> tuple[Tensor, Tensor] | None:
         """The merged attention over the active prefixes, which is that of one prefix with their sums added up; see
@@ -110,8 +117,17 @@ def check_new_name(model: Any, adapter_name: str) -> None:
 
 @contextmanager
 def enabled(model: Any) -> Iterator[None]:
-    """Enable the model, if it is not; undone when what follows is refused."""
-    was = is_enabled(model)
+    """Enable the model, if it is not; undone when what follows is refused.
+
+    Raises:
+        UnsupportedModelError: its weights are on the meta device, where nothing shows what its attention is.
+    """
+    embedding, was = base_model(model).get_input_embeddings(), is_enabled(model)
+    if embedding.weight.is_meta and not hasattr(embedding, "_hf_hook"):  # which brings offloaded weights
+        raise UnsupportedModelError(
+            f"the weights of {type(base_model(model)).__name__} are on the meta device, and attaching runs the model "
+            "once; load them first."
+        )
     if not was:
         enable(model)
     try:
@@ -133,9 +149,12 @@ def add_adapter(model: Any, adapter_name: str, made: dict[nn.Module, KernelPrefi
         for parameter in inner.parameters():
             if id(parameter) not in kept:
                 parameter.requires_grad_(False)
+    disabled = any(prefixes.disabled for prefixes in prefixes_of(model).values())
     for module, kernel in made.items():
         if not hasattr(module, KERNEL_PREFIX):
-            NamedPrefixes().add_to(module)
+            prefixes = NamedPrefixes()
+            prefixes.disabled = disabled
+            prefixes.add_to(module)
         getattr(module, KERNEL_PREFIX)[adapter_name] = kernel
     set_adapter(model, adapter_name)
 
@@ -159,7 +178,7 @@ def set_adapter(model: Any, adapter_name: str | Sequence[str]) -> None:
     if not chosen or len(set(chosen)) != len(chosen) or not set(chosen) <= set(known):
         raise ValueError(f"adapter_name must be one or more different ones of {known}, got {adapter_name!r}.")
     for prefixes in prefixes_of(model).values():
-        prefixes.active = tuple(name for name in chosen if name in prefixes)
+        prefixes.chosen = tuple(name for name in chosen if name in prefixes)
         for name, kernel in prefixes.items():
             kernel.requires_grad_(name in chosen)
 
@@ -175,7 +194,7 @@ def delete_adapter(model: Any, adapter_name: str) -> None:
     for module, prefixes in prefixes_of(model).items():
         if adapter_name in prefixes:
             del prefixes[adapter_name]
-            prefixes.active = tuple(name for name in prefixes.active if name != adapter_name)
+            prefixes.chosen = tuple(name for name in prefixes.chosen if name != adapter_name)
             if not prefixes:
                 prefixes.remove_from(module)
 
@@ -189,12 +208,12 @@ def detach(model: Any) -> Any:
 
 @contextmanager
 def disable_adapter(model: Any) -> Iterator[None]:
-    """The model without its adapters, for a while."""
-    active = {prefixes: prefixes.active for prefixes in prefixes_of(model).values()}
-    for prefixes in active:
-        prefixes.active = ()
+    """The model without its adapters, for a while. Those that are attached or chosen meanwhile act afterwards."""
+    before = [prefixes.disabled for prefixes in prefixes_of(model).values()]
+    for prefixes in prefixes_of(model).values():
+        prefixes.disabled = True
     try:
         yield
     finally:
-        for prefixes, before in active.items():
-            prefixes.active = tuple(name for name in before if name in prefixes)
+        for prefixes in prefixes_of(model).values():
+            prefixes.disabled = any(before)
