@@ -69,15 +69,23 @@ def test_a_recurrent_model_is_refused_by_name(tmp_path: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ("[1, 2, 3]\n[1, 2,", "batch.jsonl:2: not JSON"),
-        ('[1, 2]\n{"text": "a"}', "batch.jsonl:2: expected a list of token ids"),
-        ('[1, 2]\n{"prompt_ids": [1], "completion_ids": [[2]]}', "batch.jsonl:2: the file mixes"),
-        ('{"input_ids": [1, 2.5]}', "batch.jsonl:1: input_ids must be a list of integer token ids"),
-        ('{"input_ids": [1, true]}', "batch.jsonl:1: input_ids must be"),
-        ('{"prompt_ids": [1], "completion_ids": 3}', "batch.jsonl:1: completion_ids must be a list of lists"),
+        ("[1, 2, 3]\n[1, 2,", "batch.jsonl, line 2: not valid JSON"),
+        ('[1, 2]\n{"text": "a"}', "batch.jsonl, line 2: expected a list of token ids"),
+        ('[1, 2]\n{"prompt_ids": [1], "completion_ids": [[2]]}', "batch.jsonl, line 2: the file mixes"),
+        ('{"input_ids": [1, 2.5]}', "batch.jsonl, line 1: input_ids must be a list of integer token ids"),
+        ('{"input_ids": [1, true]}', "batch.jsonl, line 1: input_ids must be"),
+        ('{"prompt_ids": [1], "completion_ids": 3}', "batch.jsonl, line 1: completion_ids must be a list of lists"),
         ("\n\n", "has no lines"),
-        ("[1, 2, 99]", "99"),
-        ("[1, 2, -1]", "-1"),
+        ("[1, 2]\n\n[1, 2, 99]", "batch.jsonl, line 3: has token id 99"),
+        ("[1, 2, -1]", "batch.jsonl, line 1: has token id -1"),
+        (f"[1]\n{[1] * 9999}", "batch.jsonl, line 2: has 9999 tokens"),
+        ('{"prompt_ids": [1], "completion_ids": [[2], [99]]}', "batch.jsonl, line 1: has token id 99"),
+        ('{"prompt_ids": [1], "completion_ids": []}', "batch.jsonl, line 1: completion_ids must be"),
+        ("[]", "batch.jsonl, line 1: is empty"),
+        ("[" * 99999, "batch.jsonl, line 1: the JSON is nested too deep"),
+        (f"[1]\n[{'9' * 5000}]", "batch.jsonl, line 2: a number has too many digits"),
+        ("[NaN]", "batch.jsonl, line 1: NaN is not JSON"),
+        ('["\\ud800"]', "batch.jsonl, line 1: holds half of a surrogate pair"),
         ("[1]", "No token of the batch is scored"),
     ],
 )
@@ -91,4 +99,4 @@ def test_bad_batches_are_refused_with_file_and_line(
 
 def test_a_missing_batch_file_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(folder), "--sequences", "nowhere.jsonl"]) == 1
-    assert "nowhere.jsonl cannot be read" in capsys.readouterr().err
+    assert "cannot read nowhere.jsonl" in capsys.readouterr().err

@@ -91,13 +91,13 @@ def test_lines_that_hold_no_prompt_are_refused(tmp_path, record, words):
 
 def test_messages_are_prompts(tmp_path):
     messages = [{"role": "user", "content": "hi"}]
-    assert read_prompts(write(tmp_path / "prompts.jsonl", {"messages": messages})) == [messages]
+    assert read_prompts(write(tmp_path / "prompts.jsonl", {"messages": messages})) == {1: messages}
 
 
 def test_a_broken_line_is_named_with_its_column(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "a\u2028b"}\n{"prompt": "a"\n', encoding="utf-8")
-    with pytest.raises(InvalidDataError, match=r"prompts.jsonl:2: not JSON .*column 15"):
+    with pytest.raises(InvalidDataError, match=r"prompts.jsonl, line 2: not valid JSON .*column 15"):
         read_prompts(path)
     for content, words in (("\n", "is empty"), ("[1]\n", "line 1: expected a JSON object")):
         path.write_text(content, encoding="utf-8")
@@ -108,7 +108,7 @@ def test_a_broken_line_is_named_with_its_column(tmp_path):
 def test_failures_are_one_message(folder, tmp_path, capsys):
     prompts = write(tmp_path / "prompts.jsonl", {"prompt_ids": [999]})
     assert main(["generate", str(folder), "--prompts", str(prompts)]) == 1
-    assert "outside the model's vocabulary of 258" in capsys.readouterr().err
+    assert "prompts.jsonl, line 1: has token id 999, outside the vocabulary of 258" in capsys.readouterr().err
     messages = write(tmp_path / "messages.jsonl", {"messages": [{"role": "user", "content": "hi"}]})
     (tmp_path / "prefix.txt").write_text("a", encoding="utf-8")
     assert main(["generate", str(folder), "--prompts", str(messages), "--prefix", str(tmp_path / "prefix.txt")]) == 1

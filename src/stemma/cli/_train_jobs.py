@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from stemma.data import diallock, gsm8k
 from stemma.data.records import PromptRecord, read_jsonl
 from stemma.errors import InvalidDataError
+from stemma.models.limits import check_prompts
 from stemma.models.loading import load_model, load_tokenizer
 from stemma.models.tiny import tiny_model
 from stemma.models.tokens import text_ids
@@ -45,6 +46,18 @@ class Job:
     """What `prompts` draws from, where that is a finite data set."""
     is_boundary: Callable[[Sequence[int], int], bool] | None = None
     """Whether a prefix of a solution (token ids) may end there; None: anywhere."""
+    names: Sequence[str] = ()
+    """File and line of each of `eval_rows` and `rows`."""
+
+    def check(self, max_new_tokens: int) -> None:
+        """Refuse prompts that leave no room for a completion: all of a data set, of an endless source the first.
+
+        Raises:
+            InvalidBatchError: names the file and the line.
+        """
+        rows = [*self.eval_rows, *(self.rows or self.prompts(0, 64))]
+        name = self.names.__getitem__ if self.names else "prompt {}".format
+        check_prompts(self.model, [row["prompt_ids"] for row in rows], max_new_tokens, name)
 
 
 def diallock_job(*, shots: int, sft_steps: int, eval_prompts: int, seed: int, demonstrations: bool = False) -> Job:
@@ -149,18 +162,18 @@ def checkpoint_job(
     def reward(completions: list[str], answer: list[str], **_: Any) -> list[float | None]:
         return [gsm8k.reward(expected, completion) for expected, completion in zip(answer, completions)]
 
-    rows = _EncodedRows(records(asked), tokenizer, demonstrations)
+    asked_records, held_out_records = records(asked), records(held_out)
+    rows = _EncodedRows(asked_records, tokenizer, demonstrations)
     return Job(
         description=f"{dataset.name}, {shots} examples in each prompt",
         model=load_model(model),
         processing_class=tokenizer,
-        prompts=ShuffledRows(
-            _EncodedRows(records(asked), tokenizer, demonstrations), seed=stream_seed(seed, "prompts")
-        ),
+        prompts=ShuffledRows(rows, seed=stream_seed(seed, "prompts")),
         reward=reward,
-        eval_rows=list(_EncodedRows(records(held_out), tokenizer)),
+        eval_rows=list(_EncodedRows(held_out_records, tokenizer)),
         sft_batches=sft_batches,
         rows=rows,
+        names=[record.where for record in (*held_out_records, *asked_records)],
         is_boundary=lambda ids, cut: gsm8k.final_text(tokenizer.decode(ids[:cut])) is None,
     )
 

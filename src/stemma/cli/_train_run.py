@@ -18,8 +18,6 @@ from stemma.data.traces import read_traces
 from stemma.decode.rollout import Generator, LocalGenerator
 from stemma.decode.server import ServerGenerator
 from stemma.errors import MissingExtraError, StemmaError
-from stemma.models.adapter import base_model
-from stemma.models.limits import check_prompts
 from stemma.rl import grpo
 from stemma.rl.engine.hooks import Run
 from stemma.rl.engine.options import CreditName
@@ -199,13 +197,11 @@ class Training:
 
         Raises:
             ValueError: see `grpo.check`.
-            InvalidBatchError: a held-out prompt, or one of the first, that leaves no room for its completions.
+            InvalidBatchError: a prompt that leaves no room for its completions.
         """
         config = self.config
         grpo.check(self.model, grpo_options(config), generator=self.hooks["generator"], accelerator=self.accelerator)
-        rows = [*self.job.eval_rows, *self.job.prompts(0, 64)]
-        prompts = [list(row["prompt_ids"]) for row in rows]
-        check_prompts(base_model(self.model), prompts, config.max_completion_length or 1)
+        self.job.check(config.max_completion_length or 1)
 
     def _generator(self) -> Generator:
         """What samples: the model in this process, or a server."""

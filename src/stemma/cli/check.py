@@ -40,17 +40,16 @@ class Config:
 def main(config: Config) -> dict[str, Any]:
     """Run the check and return the report."""
     import stemma
-    from stemma.cli._batch import read_tree
-    from stemma.models.limits import check_batch
+    from stemma.cli._batch import read_batch
     from stemma.models.loading import load_model
 
-    tree = None if config.sequences is None else read_tree(config.sequences)
+    batch = None if config.sequences is None else read_batch(config.sequences)
     model = load_model(
         config.model, random_init=config.random_init, dtype=config.dtype, device=config.device, seed=config.seed
     )
-    if tree is not None:
-        check_batch(model, tree)
-    report = stemma.check(model, tree)
+    if batch is not None:
+        batch.check(model)
+    report = stemma.check(model, None if batch is None else batch.tree())
     print(report)
     status = 0 if report.ok else 1
     return {"model": config.model, **dataclasses.asdict(report), "ok": report.ok, "exit_status": status}

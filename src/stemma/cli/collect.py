@@ -109,6 +109,7 @@ def _collect(config: Config, accelerator: Any) -> dict[str, Any]:
     names = ("model", "dataset", "shots", "max_completion_length", "sft_steps", "eval_prompts", "seed")
     settings = resolve(TrainConfig(**{name: getattr(config, name) for name in names}))
     job = _make_job(settings)
+    job.check(settings.max_completion_length or 1)
     problems = _problems(job, config.limit)
     with StopSignal() as stop, _Progress(len(problems), done) as progress:
         job.model.to(accelerator.device)

@@ -50,13 +50,15 @@ class Config:
 def main(config: Config) -> dict[str, Any]:
     """Print the plan and return it."""
     import stemma
-    from stemma.cli._batch import made_up_tree, read_tree
+    from stemma.cli._batch import made_up_tree, read_batch
     from stemma.models.limits import check_batch
     from stemma.models.loading import load_model
 
     model = load_model(config.model, random_init=True, device="meta")
     if config.sequences is not None:
-        tree = read_tree(config.sequences, config.min_shared)
+        batch = read_batch(config.sequences)
+        batch.check(model)
+        tree = batch.tree(config.min_shared)
     else:
         assert config.prompt_tokens is not None
         assert config.response_tokens is not None

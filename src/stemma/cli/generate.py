@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from stemma.errors import InvalidDataError, UnsupportedModelError
+from stemma.data.records import read_jsonl, text_field
+from stemma.errors import InvalidBatchError, InvalidDataError, UnsupportedModelError
 from stemma.files import locked
 
 if TYPE_CHECKING:
@@ -113,7 +114,8 @@ def main(config: Config) -> dict[str, Any]:
     from stemma.cli._generate_output import Output
     from stemma.train.checkpoint import StopSignal
 
-    prompts = read_prompts(config.prompts)
+    by_line = read_prompts(config.prompts)
+    prompts = list(by_line.values())
     prefix_text = _prefix_text(config, prompts)
     _check_save_prefix(config)
     size = config.batch_size or len(prompts)
@@ -129,7 +131,7 @@ def main(config: Config) -> dict[str, Any]:
             output = stack.enter_context(Output(config.output, _settings(config), counts, config.resume))
             lines, done = list(output.lines), output.done
         if done < len(batches):
-            job = _Job(config, prompts, prefix_text)
+            job = _Job(config, by_line, prefix_text)
         if output is not None and len(batches) - done > 1:
             stop = stack.enter_context(StopSignal())
         while job is not None and done < len(batches):
@@ -167,20 +169,25 @@ def main(config: Config) -> dict[str, Any]:
 class _Job:
     """The model, and the prompts as token ids; all that can be refused is refused before anything is encoded."""
 
-    def __init__(self, config: Config, prompts: "Sequence[Prompt]", prefix_text: str | None) -> None:
+    def __init__(self, config: Config, prompts: "Mapping[int, Prompt]", prefix_text: str | None) -> None:
         import stemma
         from stemma.decode.prompts import prompt_ids
-        from stemma.models.limits import check_batch, check_lengths
+        from stemma.models.limits import check_lengths, check_prompts
         from stemma.models.loading import load_config, load_model
         from stemma.models.tokens import text_ids
-        from stemma.prefix.tree import PrefixTree
 
         if Path(config.model).is_file():
             raise UnsupportedModelError(f"'{config.model}' is a file; give the folder of a saved model, with weights.")
         load_config(config.model)
         self.config, follows = config, config.prefix is not None
-        self.tokenizer = _tokenizer(config.model, needed=any(not _is_ids(prompt) for prompt in prompts))
-        self.rows = [prompt_ids(self.tokenizer, prompt, index, follows) for index, prompt in enumerate(prompts)]
+        self.tokenizer = _tokenizer(config.model, needed=any(not _is_ids(prompt) for prompt in prompts.values()))
+        names = [f"{config.prompts}, line {line}:" for line in prompts]
+        self.rows = []
+        for index, prompt in enumerate(prompts.values()):
+            try:
+                self.rows.append(prompt_ids(self.tokenizer, prompt, index, follows))
+            except InvalidBatchError as error:
+                raise InvalidDataError(f"{names[index]} {error}") from error
         head = [] if prefix_text is None else text_ids(self.tokenizer, prefix_text)
         self.model = load_model(config.model, dtype=config.dtype, device=config.device)
         self.prefix: SharedPrefix | None = None
@@ -189,8 +196,8 @@ class _Job:
         if config.prefix is not None and prefix_text is None:
             self.prefix = stemma.SharedPrefix.from_pretrained(self.model, config.prefix)
             head = self.prefix.ids.tolist()
+        check_prompts(self.model, self.rows, len(head) + config.max_new_tokens, names.__getitem__)
         check_lengths(self.model, len(head) + max(map(len, self.rows)) + config.max_new_tokens)
-        check_batch(self.model, PrefixTree.from_sequences(list({tuple(row): row for row in self.rows}.values())))
         if prefix_text is not None:
             self.prefix = stemma.SharedPrefix.from_ids(self.model, head, max_tokens=config.max_tokens)
         if config.save_prefix is not None and self.prefix is not None:
@@ -242,35 +249,28 @@ class _Job:
         }
 
 
-def read_prompts(path: Path) -> "list[Prompt]":
-    """The prompts of a file, each a text, chat messages or token ids.
+def read_prompts(path: Path) -> "dict[int, Prompt]":
+    """The prompts of a file by their line numbers, each a text, chat messages or token ids.
 
     Raises:
         InvalidDataError: the file cannot be read or is empty, or a line holds not exactly one prompt; names the line.
     """
-    from stemma.cli._batch import read_lines
-    from stemma.data.records import text_field
-
-    prompts: list[Prompt] = []
-    for number, record in read_lines(path):
-        if not isinstance(record, dict):
-            raise InvalidDataError(f"{path}, line {number}: expected a JSON object, got {type(record).__name__}")
+    prompts: dict[int, Prompt] = {}
+    for number, record in read_jsonl(path):
         given = [name for name in ("prompt", "messages", "prompt_ids") if name in record]
         if len(given) != 1:
             raise InvalidDataError(
                 f"{path}, line {number}: expected one of prompt, messages and prompt_ids, found {given or 'none'}"
             )
         if given == ["prompt"]:
-            prompts.append(text_field(path, number, record, "prompt"))
+            prompts[number] = text_field(path, number, record, "prompt")
             continue
         value = record[given[0]]
         kind = Mapping if given == ["messages"] else int
         if not isinstance(value, list) or not value or not all(isinstance(item, kind) for item in value):
             wanted = "messages (objects with role and content)" if given == ["messages"] else "integer token ids"
             raise InvalidDataError(f"{path}, line {number}: field '{given[0]}' must be a list of {wanted}")
-        prompts.append(value)
-    if not prompts:
-        raise InvalidDataError(f"{path} is empty; expected one JSON object on each line")
+        prompts[number] = value
     return prompts
 
 
@@ -285,7 +285,7 @@ def _prefix_text(config: Config, prompts: "Sequence[Prompt]") -> str | None:
             )
         return None
     try:
-        text = config.prefix.read_text(encoding="utf-8")
+        text = config.prefix.read_text(encoding="utf-8-sig")  # without a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidDataError(f"{config.prefix} cannot be read: {error}") from error
     if any(not isinstance(prompt, str) for prompt in prompts):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from fractions import Fraction
 from os import PathLike
@@ -54,6 +54,8 @@ class Problem:
 
     question: str
     answer: str
+    where: str = field(default="", compare=False)
+    """File and line that it comes from."""
 
     @property
     def result(self) -> Fraction:
@@ -72,9 +74,11 @@ def read_problems(path: str | PathLike[str]) -> list[Problem]:
     """
     problems = []
     for number, record in read_jsonl(path):
-        problem = Problem(*(text_field(path, number, record, name) for name in ("question", "answer")))
+        where = f"{path}, line {number}"
+        question, answer = (text_field(path, number, record, name) for name in ("question", "answer"))
+        problem = Problem(question, answer, where)
         if final_answer(problem.answer) is None:
-            raise InvalidDataError(f"{path}, line {number}: the answer has no final line such as '#### 72'")
+            raise InvalidDataError(f"{where}: the answer has no final line such as '#### 72'")
         problems.append(problem)
     return problems
 
@@ -86,12 +90,12 @@ def read_answered_prompts(path: str | PathLike[str]) -> list[PromptRecord]:
         InvalidDataError: names the file and the line; see there, or the answer is missing or holds no number.
     """
     found = read_prompts(path)
-    for (number, _), record in zip(read_jsonl(path), found):
+    for record in found:
         if record.answer is None:
-            raise InvalidDataError(f"{path}, line {number}: no answer to compare with; add a field 'answer'")
+            raise InvalidDataError(f"{record.where}: no answer to compare with; add a field 'answer'")
         if _reference(record.answer) is None and not _is_latex(record.answer):
             raise InvalidDataError(
-                f"{path}, line {number}: the answer {record.answer[-60:]!r} is not a number and has no line such as "
+                f"{record.where}: the answer {record.answer[-60:]!r} is not a number and has no line such as "
                 "'#### 72'; the reward compares final numbers, any other one takes the trainer in Python"
             )
     return found
@@ -200,7 +204,7 @@ def prompt_records(problems: Sequence[Problem], shots: Sequence[Problem] = ()) -
     """
     shown = set(shots)
     records = [
-        PromptRecord(prompt=few_shot_prompt(shots, problem.question), answer=problem.answer)
+        PromptRecord(prompt=few_shot_prompt(shots, problem.question), answer=problem.answer, where=problem.where)
         for problem in problems
         if problem not in shown
     ]

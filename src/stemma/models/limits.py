@@ -1,6 +1,6 @@
 """Limits of a model: positions, vocabulary, shapes; what a batch may hold."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -52,8 +52,16 @@ def check_batch(model: nn.Module, tree: PrefixTree) -> None:
         )
 
 
-def check_prompts(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+def check_prompts(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    name: Callable[[int], str] = "prompt {}".format,
+) -> None:
     """Refuse prompts that the model cannot continue by so many tokens.
+
+    Args:
+        name: what to call the prompt of an index.
 
     Raises:
         InvalidBatchError: there is no prompt, or names the first one that is empty, too long, or has a token id outside
@@ -64,14 +72,14 @@ def check_prompts(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_to
     vocabulary, limit = vocabulary_size(model), max_positions(model)
     for index, prompt in enumerate(prompts):
         if not prompt:
-            raise InvalidBatchError(f"prompt {index} is empty; a continuation needs at least one token to start from")
+            raise InvalidBatchError(f"{name(index)} is empty; a continuation needs at least one token to start from")
         if min(prompt) < 0 or max(prompt) >= vocabulary:
             wrong = next(token for token in prompt if not 0 <= token < vocabulary)
-            raise InvalidBatchError(f"prompt {index} has token id {wrong}, outside the vocabulary of {vocabulary}")
+            raise InvalidBatchError(f"{name(index)} has token id {wrong}, outside the vocabulary of {vocabulary}")
         if limit is not None and len(prompt) + max_new_tokens > limit:
             raise InvalidBatchError(
-                f"prompt {index} has {len(prompt)} tokens; with max_new_tokens={max_new_tokens} it exceeds the model's "
-                f"{limit} positions. Shorten the prompt or lower max_new_tokens"
+                f"{name(index)} has {len(prompt)} tokens; with {max_new_tokens} more (max_new_tokens) it exceeds the "
+                f"model's {limit} positions. Shorten the prompt or ask for fewer tokens"
             )
 
 
