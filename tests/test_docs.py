@@ -187,7 +187,7 @@ def test_the_two_commands_of_the_readme_are_what_ci_runs() -> None:
     readme = [text for text, _ in command_lines(ROOT / "README.md") if text.startswith("./dev")]
     assert [shlex.split(text, comments=True) for text in readme[:2]] == [["./dev", "demo"], ["./dev", "test"]]
     steps = re.findall(r"^step (.*)$", (ROOT / ".ci" / "run").read_text(encoding="utf-8"), re.MULTILINE)
-    assert {"./dev demo", "./dev test", "./dev lint"} == set(steps)
+    assert {"./dev demo", "./dev test", "./dev lint", "./dev docs"} == set(steps)
 
 
 def test_model_types_that_the_readme_names_are_what_it_says() -> None:
