@@ -69,6 +69,8 @@ def _section(method: Method) -> list[str]:
         return [*parts, prose(_sentence(outcome(method)))]
     if method.claims:
         parts.append(claims_table(method.claims))
+    if method.real_claims:
+        parts += ["On a pretrained model:", claims_table(method.real_claims)]
     title = method.rows[0]["title"]
     anchor = re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-")
     return [*parts, prose(f"Measured {measured(method)}; all numbers: [{title}](recipes.md#{anchor}).")]

@@ -35,7 +35,7 @@ INTRODUCTION = (
     """`stemma run METHOD` repeats, on one core in 5 to 60 minutes, the comparison that a paper rests its claims on,
     with models that are made and trained here. The numbers show that a method does what it says and in which regime,
     not how much it gains on a large model. Where a method works on a given model, `--model FOLDER_OR_ID` measures it on
-    a pretrained one too.""",
+    a pretrained one too; there each passage or problem counts as a seed.""",
     """Values are means over seeds with their standard error. A claim says that a value is above a threshold: it
     "holds" when an exact one-sided test gives p < 0.05, is "in the mean" when the mean alone points that way, else it
     "does not hold". The test flips the signs of the paired differences of each seed, which cannot give less than 1/32
@@ -62,11 +62,13 @@ def rows_of(report: dict[str, Any], common: dict[str, Any]) -> list[Row]:
     return found
 
 
-def save(report: dict[str, Any], folder: Path, figures: Path) -> None:
-    """Write the rows and the plot of one reproduction."""
+def save(report: dict[str, Any], folder: Path, figures: Path | None) -> None:
+    """Write the rows and the plot of one reproduction; without `figures` the rows alone."""
     name = report["recipe"]
     room, rows = room_of(name), rows_of(report, Recorder(threads=1).common)
     write_atomically(folder / f"{room}_{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    if figures is None:
+        return
     temporary = figures / f".{room}-{name}.tmp"
     shutil.copyfile(report["files"]["png"], temporary)
     os.replace(temporary, figures / f"{room}-{name}.png")
@@ -82,23 +84,30 @@ def page(folder: Path = RESULTS) -> str:
         if measured:
             parts += [f"## {heading}", *map(prose, notes(f"_{room}", ()))]
         for name, rows in measured:
-            parts += _section(name, f"{room}-{name}", rows)
+            parts += _section(name, f"{room}-{name}", rows, load(folder / "real" / f"{room}_{name}.jsonl"))
     return "\n\n".join(parts) + "\n"
 
 
-def _section(name: str, figure: str, rows: list[Row]) -> list[str]:
+def _section(name: str, figure: str, rows: list[Row], real: list[Row]) -> list[str]:
     """What the page says about one method."""
-    first = rows[0]
-    versions, machine = first["versions"], first["machine"]
-    about = f"""{machine["cpu"]}, one thread; torch {versions["torch"]}, transformers {versions["transformers"]}; commit
-        {first["commit"][:7]}{"+" if first["dirty"] else ""}; {first["date"]}."""
-    return [
-        f"### {first['title']}",
+    parts = [
+        f"### {rows[0]['title']}",
         *map(prose, notes(name.replace("-", "_"), rows)),
         f"![curves of {name}](figures/{figure}.png)",
-        *tables(rows, first["shapes"]),
-        prose(about),
+        *tables(rows, rows[0]["shapes"]),
+        _measured(rows[0]),
     ]
+    if real:
+        parts += [f"#### {name} on a pretrained model", *tables(real, real[0]["shapes"]), _measured(real[0])]
+    return parts
+
+
+def _measured(row: Row) -> str:
+    """On what a row was measured."""
+    versions, machine = row["versions"], row["machine"]
+    about = f"""{machine["cpu"]}, one thread; torch {versions["torch"]}, transformers {versions["transformers"]}; commit
+        {row["commit"][:7]}{"+" if row["dirty"] else ""}; {row["date"]}."""
+    return prose(about)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -107,6 +116,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("methods", nargs="*", help="reproductions to run; none: only the page")
     parser.add_argument("--output-dir", type=Path, default=Options.output_dir)
     parser.add_argument("--cache-dir", type=Path, default=Options.cache_dir)
+    parser.add_argument("--model", help="a pretrained model to run them on; rows go to results/real")
     parser.add_argument("--check", action="store_true", help="only compare; status 1 when the page is stale")
     given = parser.parse_args(arguments)
     unknown = sorted({*given.methods} - {*recipes()})
@@ -119,7 +129,8 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(stale)
     for name in given.methods:
         module = import_module(recipes()[name][0])
-        save(module.run(Options(output_dir=given.output_dir, cache_dir=given.cache_dir)), RESULTS, FIGURES)
+        options = Options(model=given.model, output_dir=given.output_dir, cache_dir=given.cache_dir)
+        save(module.run(options), RESULTS / "real" if given.model else RESULTS, None if given.model else FIGURES)
     write_atomically(PAGE, page())
     methods.main([])  # the other page that is made from these rows
 

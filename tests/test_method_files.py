@@ -11,6 +11,7 @@ import pytest
 
 from stemma.cli._flags import _helps
 from stemma.cli.methods import ROOMS, method_files, method_name, methods, recipe_files
+from stemma.cli.run import no_model_because
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "stemma"
@@ -97,6 +98,8 @@ def test_a_recipe_runs_from_its_options(path: Path) -> None:
     run = defined["run"]
     assert isinstance(run, ast.FunctionDef)
     assert [argument.arg for argument in run.args.args] == ["options"]
+    takes_model = "options.model" in path.read_text(encoding="utf-8")
+    assert takes_model != bool(no_model_because(method_name(path)))
 
 
 @each_file

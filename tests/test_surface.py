@@ -58,7 +58,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         *("dtype", "device", "seed", "report"),
     ),
     "methods": ("method",),
-    "run": ("seeds", "output_dir", "cache_dir", "quick", "method"),
+    "run": ("seeds", "output_dir", "cache_dir", "model", "quick", "method"),
     "train": (
         *("max_steps", "num_generations", "max_completion_length", "temperature", "top_p", "top_k"),
         *("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "num_iterations"),

@@ -89,6 +89,21 @@ def test_claims_hold_as_the_rows_say(results, capsys):
     assert "stemma run tempo" in out
 
 
+def test_rows_of_a_pretrained_model_have_a_part_of_their_own(results, capsys):
+    folder = results([row(0.15)]) / "real"
+    folder.mkdir()
+    (folder / "rl_tempo.jsonl").write_text(json.dumps(row(0.7, p_value=0.01, shapes={"model": "large"})) + "\n")
+    method = methods(folder.parent)["tempo"]
+    assert outcome(method) == "the paper's claims: in the mean 1; on a pretrained model: holds 1"
+    assert main(["methods", "tempo"]) == 0
+    assert "| model | large |" in capsys.readouterr().out.partition("On a pretrained model:")[2]
+    page = import_module("benchmarks.methods").page(folder.parent)
+    assert "| rises | height | 0.700 ± 0.100 m | 0 | 0.01 | holds | 8 |" in page.partition("On a pretrained model:")[2]
+    assert main(["methods", "tempo", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["real"]
+    assert (found["run"]["shapes"], found["claims"][0]["verdict"]) == ({"model": "large"}, "holds")
+
+
 def test_json_holds_every_row_and_its_run_once(results, capsys):
     results([row(0.5, p_value=0.01), row(2.0, claim=None)])
     assert main(["methods", "--json"]) == 0

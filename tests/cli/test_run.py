@@ -56,3 +56,10 @@ def test_the_method_is_shown_as_optional(command, capsys):
 def test_seeds_are_checked(capsys):
     assert main(["run", "tempo", "--seeds", "0"]) == 2
     assert "seeds must be at least 1" in capsys.readouterr().err
+
+
+def test_a_model_is_refused_where_a_reproduction_makes_its_own(capsys):
+    assert main(["run", "tempo", "--model", "folder"]) == 2
+    assert "stemma run: tempo takes no --model: which problems the start solves" in capsys.readouterr().err
+    assert main(["run", "prefix-kv", "--model", "./no-such-folder"]) == 1
+    assert "'./no-such-folder' does not exist" in capsys.readouterr().err

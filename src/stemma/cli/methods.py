@@ -90,11 +90,18 @@ class Method:
     """The reason that its docstring gives where there is no reproduction."""
     rows: tuple[Mapping[str, Any], ...]
     """Measurements of its reproduction, each with machine, versions, commit and date; empty: not measured here."""
+    real_rows: tuple[Mapping[str, Any], ...]
+    """The same on a pretrained model, of `stemma run METHOD --model`; empty: not measured."""
 
     @property
     def claims(self) -> list[Mapping[str, Any]]:
         """The rows that test a claim of the paper."""
         return [row for row in self.rows if row["claim"]]
+
+    @property
+    def real_claims(self) -> list[Mapping[str, Any]]:
+        """The same on a pretrained model."""
+        return [row for row in self.real_rows if row["claim"]]
 
 
 def methods(results: Path | None = None) -> dict[str, Method]:
@@ -139,9 +146,14 @@ def outcome(method: Method) -> str:
     if not method.rows:
         reason = method.unreproduced_because
         return f"no reproduction: {reason}" if reason else "not measured here"
-    counts = Counter(verdict(row) for row in method.claims)
-    found = ", ".join(f"{name} {counts[name]}" for name in _VERDICTS if counts[name])
-    return f"the paper's claims: {found}" if found else "measured, but no claim was tested"
+    found = _counted(method.claims)
+    real = f"; on a pretrained model: {_counted(method.real_claims)}" if method.real_claims else ""
+    return f"the paper's claims: {found}{real}" if found else "measured, but no claim was tested"
+
+
+def _counted(claims: list[Mapping[str, Any]]) -> str:
+    counts = Counter(map(verdict, claims))
+    return ", ".join(f"{name} {counts[name]}" for name in _VERDICTS if counts[name])
 
 
 def measured(method: Method) -> str:
@@ -175,6 +187,8 @@ def main(config: Config) -> dict[str, Any]:
     if method.rows:
         about = notes(method.name.replace("-", "_"), method.rows)
         print("", *map(textwrap.fill, about), *tables(method.rows, method.rows[0]["shapes"]), sep="\n\n")
+    if method.real_rows:
+        print("", "On a pretrained model:", *tables(method.real_rows, method.real_rows[0]["shapes"]), sep="\n\n")
     return _plain(method)
 
 
@@ -198,7 +212,7 @@ def _read(path: Path, room: str, results: Path) -> Method:
             'Source: "Title", 2025, arXiv 2501.01234'
         )
     reason = _NO_RUN.search(docstring)
-    file = results / f"{room}_{name}.jsonl"
+    file = f"{room}_{name}.jsonl"
     return Method(
         name=name,
         room=room,
@@ -206,18 +220,19 @@ def _read(path: Path, room: str, results: Path) -> Method:
         paper=Paper(source[1], int(source[2]), source[3]),
         reproduced=name in recipe_files(),
         unreproduced_because=" ".join(reason[1].split()) if reason else None,
-        rows=_rows(file, name) if file.exists() else (),
+        rows=_rows(results / file, name),
+        real_rows=_rows(results / "real" / file, name),
     )
 
 
 def _rows(file: Path, name: str) -> tuple[Mapping[str, Any], ...]:
-    """The measurements of a method.
+    """The measurements of a method; none where there is no file.
 
     Raises:
         InvalidDataError: a line that is no row of this method.
     """
-    rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    rows: list[Mapping[str, Any]] = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines() if file.exists() else (), start=1):
         try:
             row = json.loads(line)
             fits = row["recipe"] == name and row.keys() >= _FIELDS
@@ -246,9 +261,14 @@ def _short(method: Method) -> str:
 
 
 def _plain(method: Method) -> dict[str, Any]:
-    """Plain data: what the rows have in common once, then the rows."""
+    """Plain data: of each run what its rows have in common once, then the rows."""
+    own, real = _of_run(method.rows), _of_run(method.real_rows)
+    described = {key: value for key, value in asdict(method).items() if key != "real_rows"}
+    return {**described, **own, "real": real}
+
+
+def _of_run(measured: tuple[Mapping[str, Any], ...]) -> dict[str, Any]:
     common = ("recipe", "title", "shapes", "threads", "machine", "versions", "commit", "dirty", "date")
-    rows = [{key: value for key, value in row.items() if key not in common} for row in method.rows]
-    run = {key: method.rows[0][key] for key in common[1:]} if rows else None
-    verdicts = [{**row, "verdict": verdict(row)} for row in rows if row["claim"]]
-    return {**asdict(method), "run": run, "claims": verdicts, "rows": rows}
+    rows = [{key: value for key, value in row.items() if key not in common} for row in measured]
+    run = {key: measured[0][key] for key in common[1:]} if rows else None
+    return {"run": run, "claims": [{**row, "verdict": verdict(row)} for row in rows if row["claim"]], "rows": rows}

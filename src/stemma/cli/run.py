@@ -6,9 +6,11 @@ here"), METHOD.png (curves), METHOD.json and, under runs/, every finished run: a
 on with the next one.
 """
 
+import ast
 import difflib
+import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +20,9 @@ import tyro
 from stemma.cli.methods import methods, recipe_files
 from stemma.recipes._runs import Options
 
-__all__ = ["Config", "main", "recipes"]
+__all__ = ["Config", "main", "no_model_because", "recipes"]
+
+_NO_MODEL = re.compile(r"No `--model`: (.+?\.)(?= [A-Z]|\n\n|$)", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +37,12 @@ def recipes() -> dict[str, tuple[str, str]]:
     """Reproductions by name: the module, and the first line of the method's docstring, read without importing them."""
     known = methods()
     return {name: (f"stemma.recipes.{path.stem}", known[name].purpose) for name, path in recipe_files().items()}
+
+
+def no_model_because(name: str) -> str | None:
+    """Why a reproduction takes no pretrained model, from its docstring; None: it takes one."""
+    reason = _NO_MODEL.search(ast.get_docstring(ast.parse(recipe_files()[name].read_text(encoding="utf-8"))) or "")
+    return None if reason is None else " ".join(reason[1].split())
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -57,8 +67,12 @@ def main(config: Config) -> dict[str, Any]:
             f"stemma run: no reproduction of '{config.method}'.{hint}\nRun `stemma run` for the list.", file=sys.stderr
         )
         return {"error": f"unknown method '{config.method}'", "exit_status": 2}
+    reason = no_model_because(config.method)
+    if config.model is not None and reason:
+        print(f"stemma run: {config.method} takes no --model: {reason}\nRun it without.", file=sys.stderr)
+        return {"error": f"{config.method} takes no --model", "exit_status": 2}
     module = import_module(known[config.method][0])
-    options = Options(seeds=config.seeds, output_dir=config.output_dir, cache_dir=config.cache_dir, quick=config.quick)
+    options = Options(**{field.name: getattr(config, field.name) for field in fields(Options)})
     result: dict[str, Any] = module.run(options)
     print(Path(result["files"]["md"]).read_text(encoding="utf-8"))
     return result

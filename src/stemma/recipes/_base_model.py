@@ -27,16 +27,16 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from stemma.data.python_text import Split, source_texts
+from stemma.data.python_text import Split, reference_texts, source_texts
 from stemma.errors import InvalidDataError
-from stemma.models.loading import load_model
+from stemma.models.loading import load_model, load_tokenizer
 from stemma.models.tiny import byte_tokenizer, tiny_model
 from stemma.recipes._runs import Options, fingerprint, kept_folder
 from stemma.train import sft
 from stemma.train.checkpoint import save_model
 from stemma.train.seeds import stream
 
-__all__ = ["BaseModel", "Config", "python_base", "text_rows"]
+__all__ = ["BaseModel", "Config", "GivenModel", "python_base", "text_rows"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +99,13 @@ class BaseModel:
     """Where both are, for `from_pretrained`."""
     seconds: float
     """What training took, or 0 when the model was found."""
+    unit = "byte"
+    """What a token is."""
+
+    @property
+    def about(self) -> str:
+        """The model, in words."""
+        return f"byte-level Llama of {self.parameters:,} parameters trained on library sources"
 
     @property
     def parameters(self) -> int:
@@ -154,6 +161,59 @@ def python_base(options: Options) -> BaseModel:
         if bars:
             logging.enable_progress_bar()
     return BaseModel(model=model, tokenizer=byte_tokenizer(), folder=folder, seconds=sum(trained))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GivenModel:
+    """A pretrained model in place of the base model, with prose of the language reference for text."""
+
+    model: Any
+    """A causal language model in float32 on the CPU, in evaluation mode."""
+    tokenizer: Any
+    folder: Path
+    """Folder or hub id; results are kept under its last part."""
+    unit = "token"
+
+    @classmethod
+    def load(cls, reference: str) -> "GivenModel":
+        """The model and its tokenizer.
+
+        Args:
+            reference: a model folder or a hub id.
+
+        Raises:
+            UnsupportedModelError: no causal language model with a tokenizer is there.
+        """
+        tokenizer = load_tokenizer(reference)
+        return cls(model=load_model(reference, device="cpu"), tokenizer=tokenizer, folder=Path(reference).resolve())
+
+    @property
+    def about(self) -> str:
+        """The model, in words."""
+        return f"{self.folder.name}, {self.parameters:,} parameters, float32"
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the model, the shared embedding counted once."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def rows(self, split: Split, count: int, length: int, *, seed: int = 0) -> Tensor:
+        """Rows of consecutive tokens of topics of the language reference, none of which overlap.
+
+        Returns:
+            (count, length) int64.
+
+        Raises:
+            InvalidDataError: the texts do not hold so many rows.
+        """
+        pieces = []
+        for text in reference_texts(split).values():
+            ids = self.tokenizer.encode(text, add_special_tokens=False)
+            pieces += [ids[begin : begin + length] for begin in range(0, len(ids) - length + 1, length)]
+        if len(pieces) < count:
+            raise InvalidDataError(f"the texts hold {len(pieces)} rows of {length} tokens, not {count}")
+        order = torch.randperm(len(pieces), generator=stream(seed, "text rows"))[:count]
+        return torch.tensor(pieces)[order]
 
 
 def text_rows(texts: Mapping[str, str], count: int, length: int, *, seed: int = 0) -> Tensor:

@@ -31,6 +31,9 @@ class Options:
     """Folder of the report, its plot and the finished runs. A finished run is not repeated."""
     cache_dir: Path = Path(".cache/stemma")
     """Folder of the policies that training starts from; they are made once, in a few minutes."""
+    model: str | None = None
+    """A pretrained causal language model, folder or hub id, to measure on in place of the one that is made here, in a
+    folder of its own name in `output_dir`."""
     quick: bool = False
     """Check in less than a minute that everything runs, in a folder `quick` of `output_dir`; its numbers mean
     nothing."""
@@ -42,7 +45,8 @@ class Options:
     @property
     def folder(self) -> Path:
         """Where report and runs go."""
-        return self.output_dir / "quick" if self.quick else self.output_dir
+        folder = self.output_dir if self.model is None else self.output_dir / Path(self.model).resolve().name
+        return folder / "quick" if self.quick else folder
 
 
 class Runs:

@@ -4,6 +4,8 @@ The paper (CodeLlama on eight GPUs): up to 32 times the throughput of competitiv
 one of 16K less than 15% of it lost where baselines lose 90%. Here, on one CPU core: a random Llama of 12.6 million
 parameters, rows with one prefix, and the same greedy tokens from every cache. Prefixes are encoded before the clock
 (CPU time of the thread) starts.
+
+No `--model`: time and bytes depend on shapes, not on what weights say.
 """
 
 import time

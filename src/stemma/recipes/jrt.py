@@ -5,6 +5,8 @@ for a recurrent model when the smaller set comes first; reading twice or encodin
 recalls more. Here: causal linear attention, the same with repeated prompts (JRT-Prompt), prefix linear attention
 (JRT-RNN) and softmax attention, with equal steps, batches and parameters; and the time of a prefill against softmax
 attention.
+
+No `--model`: a recurrent model that reads twice is trained from scratch; no pretrained one has this mixer.
 """
 
 import math

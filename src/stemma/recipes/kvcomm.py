@@ -5,7 +5,8 @@ soon. Here: the base model, three agents whose templates put a question, a chunk
 agent's answer in different places. Problems come one after the other; every prefill that reuses is compared on the spot
 with the dense prefill of the same prompt, which the pool never sees, by the next-byte distributions along a
 continuation. The same prompts are estimated in other ways too. All tokens that run through the model are counted,
-those of anchors and of texts encoded alone included.
+those of anchors and of texts encoded alone included. With `--model` one stream runs on a pretrained model, each problem
+a seed, without times.
 """
 
 import statistics
@@ -21,7 +22,7 @@ from stemma.cache.anchors import Deviation, Match
 from stemma.cache.key_values import KeyValues
 from stemma.cache.offsets import Layers, spread
 from stemma.models.rotary import cached_states, plain_cache
-from stemma.recipes._base_model import BaseModel, python_base
+from stemma.recipes._base_model import BaseModel, GivenModel, python_base
 from stemma.recipes._report import Report
 from stemma.recipes._runs import Options, Runs
 from stemma.recipes._statistics import mean_and_error
@@ -35,13 +36,8 @@ UNMOVED, ALIGNED, OURS, MEAN = "no re-positioning", "re-aligned, no offsets", "K
 WRONG, ONE, BLEND, BOTH = "another agent's offsets", "one anchor", "CacheBlend-like", "KVCOMM and CacheBlend"
 WAYS = (UNMOVED, ALIGNED, OURS, MEAN, WRONG, ONE, BLEND, BOTH)
 PUBLISHED = "published rule"
-_TIMED = {
-    "reuse": "texts known",
-    "blend": "texts known, 15% computed anew",
-    "alone": "question and chunk new",
-}
-
-
+_TIMED = {"reuse": "texts known", "blend": "texts known, 15% computed anew", "alone": "question and chunk new"}
+Model = BaseModel | GivenModel
 _TEMPLATES = {
     "reader": "# A reader looks at this module and answers a question.\n{document}\n# Question: {question}\n# Answer: ",
     "critic": '"""Review of an answer that was given to a colleague.\n\nBe brief and fair."""\n'
@@ -55,23 +51,27 @@ _SHARE = 0.15
 
 def run(options: Options) -> dict[str, Any]:
     """Run it; see `stemma.recipes._report.Report.write` for what is returned."""
-    quick, base = options.quick, python_base(options)
-    seeds = options.seeds or (1 if quick else 5)
-    problems, document, lengths = (6, 64, (64, 128)) if quick else (72, 256, (128, 256, 512, 1024))
-    least = 3 if quick else 12
+    quick, given = options.quick, options.model is not None
+    base = GivenModel.load(options.model) if options.model else python_base(options)
+    seeds = options.seeds or (1 if quick or given else 5)
+    problems, document, least = (6, 64, 3) if quick else (16, 128, 8) if given else (72, 256, 12)
+    lengths = () if given else (64, 128) if quick else (128, 256, 512, 1024)
     rules = {
         OURS: Config(header="\n", min_anchors=least),
         PUBLISHED: Config(header="\n", min_anchors=2, sharpness=None),
     }
+    if given:
+        del rules[PUBLISHED]
     about = {
-        "model": f"byte-level Llama of {base.parameters:,} parameters trained on library sources",
+        "model": base.about,
         "problems": f"{problems} per seed, three agents each",
-        "texts": f"chunk of {document} bytes, question of 40, sampled answer of 24",
-        "compared": "16 next-byte distributions behind every prompt that was reused",
+        "texts": f"chunk of {document} {base.unit}s, question of {_question(base)}, sampled answer of 24",
+        "compared": f"16 next-{base.unit} distributions behind every prompt that was reused",
         "pool": f"at most 20 anchors of each text, {least} before anything is reused",
         "seeds": seeds,
     }
     report = _Report("kvcomm", "KVCOMM: texts that agents pass to each other", about, lengths)
+    report.unit = base.unit
     runs = Runs(options.folder / "runs" / "kvcomm")
     known = {"model": base.folder.name, "problems": problems, "document": document, "templates": _TEMPLATES}
     for seed in range(seeds):
@@ -93,18 +93,22 @@ def run(options: Options) -> dict[str, Any]:
 # ---------------------------------------------------------------------- the workload
 
 
-def _texts(base: BaseModel, count: int, length: int, seed: int) -> list[dict[str, Content]]:
+def _question(base: Model) -> int:
+    return 40 if base.unit == "byte" else 16
+
+
+def _texts(base: Model, count: int, length: int, seed: int) -> list[dict[str, Content]]:
     """Documents and questions of so many problems, from files that the model has not seen."""
     found = []
     documents = base.rows("test", count, length, seed=stream_seed(seed, "documents"))
-    questions = base.rows("validation", count, 40, seed=stream_seed(seed, "questions"))
+    questions = base.rows("validation", count, _question(base), seed=stream_seed(seed, "questions"))
     for document, question in zip(documents.tolist(), questions.tolist(), strict=True):
-        line = [32 if byte in b"\n\r" else byte for byte in question]
+        line = [32 if base.unit == "byte" and token in b"\n\r" else token for token in question]
         found.append({"document": Content(tuple(document), None), "question": Content(tuple(line), None)})
     return found
 
 
-def _answer(base: BaseModel, agent: Agent, prefill: Prefill, seed: int) -> Content:
+def _answer(base: Model, agent: Agent, prefill: Prefill, seed: int) -> Content:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         cache = prefill.cache
@@ -114,7 +118,7 @@ def _answer(base: BaseModel, agent: Agent, prefill: Prefill, seed: int) -> Conte
     return agent.answer(prefill, row)
 
 
-def _agents(base: BaseModel, config: Config) -> dict[str, Agent]:
+def _agents(base: Model, config: Config) -> dict[str, Agent]:
     comm = KVComm(base.model, base.tokenizer, config=config)
     return {name: comm.agent(name, template) for name, template in _TEMPLATES.items()}
 
@@ -123,11 +127,11 @@ def _given(agent: Agent, texts: Mapping[str, Content]) -> dict[str, Content]:
     return {name: texts[name] for name in agent.template.names}
 
 
-def _stream(base: BaseModel, config: Config, rule: str, problems: int, document: int, seed: int) -> dict[str, Any]:
+def _stream(base: Model, config: Config, rule: str, problems: int, document: int, seed: int) -> dict[str, Any]:
     """Problems one after the other; divergences of every reused prefill, by way of estimating."""
     agents = _agents(base, config)
     modes, computed, dense = [], 0, 0
-    found: dict[str, list[list[float]]] = {}
+    found: dict[str, list[tuple[int, str, list[float]]]] = {}
     signs: list[list[float]] = []
     for number, texts in enumerate(_texts(base, problems, document, seed)):
         for name, agent in agents.items():
@@ -141,7 +145,7 @@ def _stream(base: BaseModel, config: Config, rule: str, problems: int, document:
                 ways |= {OURS: cached_states(prefill.cache), ALIGNED: _cut(agent.assemble(given, {}), prefill)}
                 off = _compare(base, agent, given, prefill, ways)
                 for way, pair in off.items():
-                    found.setdefault(way, []).append(pair)
+                    found.setdefault(way, []).append((number, name, pair))
                 entropy = max(spread(near) for near in _likeness(agent, given))
                 signs.append([entropy, _second_layer_error(base, agent, prefill), off[OURS][0]])
             if name == "reader":
@@ -150,12 +154,15 @@ def _stream(base: BaseModel, config: Config, rule: str, problems: int, document:
         "reused": sum(mode == "reuse" for mode in modes) / len(modes),
         "reused_later": statistics.fmean(mode == "reuse" for mode in modes[len(modes) // 2 :]),
         "computed": computed / dense,
-        "found": {
-            way: [statistics.fmean(column) for column in zip(*pairs, strict=True)] for way, pairs in found.items()
-        },
+        "found": {way: _means([pair for _, _, pair in each]) for way, each in found.items()},
+        "each": found,
         "signs": signs,
         "compared": len(signs),
     }
+
+
+def _means(pairs: Sequence[Sequence[float]]) -> list[float]:
+    return [statistics.fmean(column) for column in zip(*pairs, strict=True)]
 
 
 def _likeness(agent: Agent, given: Mapping[str, Content]) -> list[Tensor]:
@@ -167,7 +174,7 @@ def _likeness(agent: Agent, given: Mapping[str, Content]) -> list[Tensor]:
 
 
 def _ways(
-    base: BaseModel, agents: Mapping[str, Agent], name: str, given: Mapping[str, Content], prefill: Prefill
+    base: Model, agents: Mapping[str, Agent], name: str, given: Mapping[str, Content], prefill: Prefill
 ) -> dict[str, Layers]:
     """Keys and values of one prompt, estimated in every other way."""
     agent, pool = agents[name], agents[name].comm.pool
@@ -199,7 +206,7 @@ def _ways(
     return found
 
 
-def _blend(base: BaseModel, agent: Agent, prefill: Prefill, states: Layers) -> Layers:
+def _blend(base: Model, agent: Agent, prefill: Prefill, states: Layers) -> Layers:
     positions = torch.arange(prefill.usage.exact, len(prefill.ids) - 1)
     errors = key_errors(second_layer(base.model, prefill.ids, positions, states), states[1], positions)
     worst = errors.topk(round(_SHARE * positions.numel())).indices.sort().values
@@ -211,7 +218,7 @@ def _cut(states: Layers, prefill: Prefill) -> Layers:
     return tuple(KeyValues(key[:, :, :last], value[:, :, :last]) for key, value in states)
 
 
-def _second_layer_error(base: BaseModel, agent: Agent, prefill: Prefill) -> float:
+def _second_layer_error(base: Model, agent: Agent, prefill: Prefill) -> float:
     positions = torch.linspace(prefill.usage.exact, len(prefill.ids) - 2, 16).long().unique()
     states = cached_states(prefill.cache, 0, len(prefill.ids) - 1)
     return float(key_errors(second_layer(base.model, prefill.ids, positions, states), states[1], positions).mean())
@@ -219,7 +226,7 @@ def _second_layer_error(base: BaseModel, agent: Agent, prefill: Prefill) -> floa
 
 @torch.no_grad()
 def _compare(
-    base: BaseModel, agent: Agent, given: Mapping[str, Content], prefill: Prefill, ways: Mapping[str, Layers]
+    base: Model, agent: Agent, given: Mapping[str, Content], prefill: Prefill, ways: Mapping[str, Layers]
 ) -> dict[str, list[float]]:
     """Divergence from dense prefill in nats, and agreement of the most likely byte, along the dense continuation."""
     dense = agent.prefill(given, mode="dense")
@@ -245,7 +252,7 @@ def _compare(
 # ---------------------------------------------------------------------- time to the first token
 
 
-def _first_token(base: BaseModel, length: int, seed: int, anchors: int, repeats: int) -> dict[str, Any]:
+def _first_token(base: Model, length: int, seed: int, anchors: int, repeats: int) -> dict[str, Any]:
     """CPU seconds of the thread until the first new token is known, for the critic; prompt tokens."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -270,7 +277,7 @@ def _first_token(base: BaseModel, length: int, seed: int, anchors: int, repeats:
 
 
 @torch.no_grad()
-def _timed(base: BaseModel, agent: Agent, given: Mapping[str, Content], mode: Any) -> float:
+def _timed(base: Model, agent: Agent, given: Mapping[str, Content], mode: Any) -> float:
     begin = time.thread_time()
     prefill = agent.prefill(given, mode=mode)
     last = len(prefill.ids) - 1
@@ -290,13 +297,17 @@ class _Report(Report):
 
     def __init__(self, name: str, title: str, about: dict[str, Any], lengths: Sequence[int]) -> None:
         super().__init__(name, title, about)
-        self.lengths = lengths
+        self.lengths, self.unit = lengths, "byte"
         self.streams: dict[str, list[dict[str, Any]]] = {}
         self.times: dict[int, list[dict[str, Any]]] = {}
 
     def values(self, way: str, column: int, rule: str = OURS) -> list[float]:
-        """Means of each seed: divergence (column 0) or agreement (1)."""
-        return [run["found"][way][column] for run in self.streams[rule] if way in run["found"]]
+        """Means of each seed, of one stream of each problem: divergence (column 0) or agreement (1)."""
+        runs = [run for run in self.streams[rule] if way in run["found"]]
+        if self.unit == "byte" or not runs:
+            return [run["found"][way][column] for run in runs]
+        numbers = dict.fromkeys(number for number, _, _ in runs[0]["each"][way])
+        return [_means([p for n, _, p in runs[0]["each"][way] if n == number])[column] for number in numbers]
 
     def gains(self, length: int, how: str) -> list[float]:
         """Dense seconds over others, of each seed."""
@@ -320,7 +331,10 @@ class _Report(Report):
                 "divergence from dense, all ways on the same prompts, 1/1000 nats",
                 [1000 * v for v in self.values(way, 0)],
             )
-            self.mean(way, "most likely byte agrees, all ways on the same prompts", self.values(way, 1))
+            self.mean(way, f"most likely {self.unit} agrees, all ways on the same prompts", self.values(way, 1))
+            for agent in _TEMPLATES if self.unit == "token" and self.values(way, 0) else ():
+                own = [1000 * pair[0] for _, name, pair in self.streams[OURS][0]["each"][way] if name == agent]
+                self.mean(way, f"divergence from dense, {agent}, 1/1000 nats", own)
         self._claims()
         signs = [sign for run in self.streams[OURS] for sign in run["signs"]]
         for column, words in enumerate(("entropy", "error of the second layer's keys")):
@@ -334,16 +348,20 @@ class _Report(Report):
                 self.mean(words, name, self.gains(length, how))
 
     def _claims(self) -> None:
-        reused = [run["reused"] for run in self.streams[PUBLISHED]]
+        reused = [run["reused"] for run in self.streams.get(PUBLISHED, ())]
         self.claim(PUBLISHED, "share of prefills reused", reused, "more than 70% of prefills are reused", threshold=0.7)
-        for other, claim in (
-            (ALIGNED, "offsets bring reused states nearer to dense ones than re-positioning alone"),
-            (MEAN, "anchors count by their likeness"),
-            (WRONG, "each agent needs offsets of its own"),
+        for other, own, claim in (
+            (ALIGNED, OURS, "offsets bring reused states nearer to dense ones than re-positioning alone"),
+            (MEAN, OURS, "anchors count by their likeness"),
+            (WRONG, OURS, "each agent needs offsets of its own"),
+            (OURS, BOTH, "computing some tokens anew brings them nearer still (CacheBlend)"),
+            (BLEND, BOTH, "offsets help where some tokens are computed anew"),
         ):
-            pairs = zip(self.values(other, 0), self.values(OURS, 0), strict=True)
-            words = f"divergence, {other} − {OURS}, 1/1000 nats"
-            self.claim(OURS, words, [1000 * (a - b) for a, b in pairs], claim)
+            pairs = zip(self.values(other, 0), self.values(own, 0), strict=True)
+            words = f"divergence, {other} − {own}, 1/1000 nats"
+            self.claim(own, words, [1000 * (a - b) for a, b in pairs], claim)
+        if not self.lengths:
+            return
         near, far = self.lengths[0], self.lengths[-1]
         grown = [b - a for a, b in zip(self.gains(near, "reuse"), self.gains(far, "reuse"), strict=True)]
         words = f"gain in time to the first token, chunk of {far} − chunk of {near}"
@@ -351,27 +369,26 @@ class _Report(Report):
 
     def plot(self, figure: Any) -> None:
         """Divergence by way of estimating; gain in time by length of the chunk."""
-        left, right = figure.subplots(1, 2)
+        left, right = figure.subplots(1, 2) if self.lengths else (figure.subplots(), None)
         ways = [way for way in WAYS if self.values(way, 0)]
-        means = [mean_and_error(self.values(way, 0)) for way in ways]
-        left.barh(
-            ways, [m for m, _ in means], xerr=[e for _, e in means], color=["C0" if w == OURS else "C7" for w in ways]
-        )
+        means, errors = zip(*(mean_and_error(self.values(way, 0)) for way in ways), strict=True)
+        left.barh(ways, means, xerr=errors, color=["C0" if way == OURS else "C7" for way in ways])
         left.set(xscale="log", xlabel="divergence from dense prefill, nats")
         left.invert_yaxis()
+        figure.suptitle(self.title, fontsize=10)
+        left.grid(alpha=0.25)
+        if right is None:
+            return
         for how, label in _TIMED.items():
             gains = [mean_and_error(self.gains(length, how)) for length in self.lengths]
-            right.errorbar(
-                self.lengths, [m for m, _ in gains], yerr=[e for _, e in gains], marker="o", ms=3, label=label
-            )
+            means, errors = zip(*gains, strict=True)
+            right.errorbar(self.lengths, means, yerr=errors, marker="o", ms=3, label=label)
         right.axhline(1, color="k", lw=0.8)
         right.set(xscale="log", xlabel="bytes of the shared chunk", ylabel="dense time to first token over reused")
         right.set_xticks(self.lengths, [str(length) for length in self.lengths])
         right.minorticks_off()
         right.legend(fontsize=8)
-        for axis in (left, right):
-            axis.grid(alpha=0.25)
-        figure.suptitle(self.title, fontsize=10)
+        right.grid(alpha=0.25)
 
 
 def _rank_correlation(some: Sequence[float], others: Sequence[float]) -> float:

@@ -1,7 +1,8 @@
 """The reproduction of NTK-Attention: error and cost against the length of a prefix, and fine-tuning beside peft.
 
 Adapters turn the base model, which has read the library's sources, to the prose of the language reference. A method's
-learning rate is the best of all on validation text with the first seed; all seeds then train with it.
+learning rate is the best of all on validation text with the first seed; all seeds then train with it. With `--model` a
+pretrained model is adapted, once by each method, and each passage of test text is a seed.
 """
 
 import copy
@@ -9,7 +10,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from stemma.attention.kernelized import FeatureMap, kernel_attention, kernel_sums, reference_attention_with_partial
 from stemma.data.python_text import reference_texts
 from stemma.errors import MissingExtraError
-from stemma.recipes._base_model import BaseModel, python_base, text_rows
+from stemma.recipes._base_model import BaseModel, GivenModel, python_base, text_rows
 from stemma.recipes._report import Report
 from stemma.recipes._runs import Options, Runs, fingerprint
 from stemma.recipes._statistics import mean_and_error
@@ -40,6 +41,9 @@ MAPS: dict[str, FeatureMap | None] = {
 NTK, LIGHT = "NTK-Attention", "NTK-Attention, light start"
 """An untrained prefix that weighs as much as 32 keys, as the published map makes it with heads of 32, or as one."""
 METHODS = (NTK, LIGHT, "prefix tuning", "P-tuning v2", "LoRA")
+SHARED = "NTK-Attention per key head"
+GIVEN_RATES = {NTK: (0.03, 0.1), SHARED: (0.03, 0.1), "prefix tuning": (3e-3, 1e-2), "LoRA": (1e-3, 3e-3)}
+"""Methods on a given model, and the learning rates to choose from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +60,10 @@ class Setting:
     """Learning rates to choose from."""
     evaluated: int = 64
     """Rows of validation and of test text."""
+    evaluations: int = 6
+    """Evaluations on validation text while training."""
+    batch: tuple[int, int] = (8, 128)
+    """Rows of a step and their tokens."""
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -63,6 +71,8 @@ def run(options: Options) -> dict[str, Any]:
     setting = Setting()
     if options.quick:
         setting = Setting(lengths=(16, 64), repeats=3, steps=2, rates=(1e-3, 1e-2), evaluated=2)
+    if options.model is not None:
+        return _adapt_given(options)
     seeds = options.seeds or (1 if options.quick else 5)
     runs = Runs(options.folder / "runs" / "ntk-attention")
     _require_peft()
@@ -88,7 +98,33 @@ def run(options: Options) -> dict[str, Any]:
 
         rate = min(setting.rates, key=lambda rate: tuned(rate, 0)["curve"][-1][1])
         report.found[method] = [tuned(rate, seed) for seed in range(seeds)]
-    report.tuned(_bits(base.model, _rows("test", setting)))
+    report.tuned(_bits(base.model, _rows(base, "test", setting)))
+    return report.write(options.folder)
+
+
+def _adapt_given(options: Options) -> dict[str, Any]:
+    """The comparison of adapters on a given model."""
+    assert options.model is not None
+    _require_peft()
+    base = GivenModel.load(options.model)
+    steps, evaluated = (2, 2) if options.quick else (24, 16)
+    setting = Setting(lengths=(), steps=steps, evaluated=evaluated, evaluations=2, batch=(2, 64))
+    about = {
+        "base model": base.about,
+        "adapted to": f"prose of the language reference, {steps} steps of 2 × 64 tokens",
+        "learning rates": "the better of two on validation text",
+        "n": f"passages of 128 tokens that one run of each method is tested on: {evaluated}",
+    }
+    report = _Report("ntk-attention", "NTK-Attention: a prefix of any length as two sums per head", about, setting)
+    report.unit = "token"
+    runs = Runs(options.folder / "runs" / "ntk-attention")
+    for method, rates in GIVEN_RATES.items():
+        told = {"setting": asdict(setting), "base": base.folder.name}
+        tuned = [
+            runs(method, 0, told | {"rate": rate}, partial(_tune, setting, base, method, rate, 0)) for rate in rates
+        ]
+        report.found[method] = [min(tuned, key=lambda run: run["curve"][-1][1])]
+    report.tuned(_bits(base.model, _rows(base, "test", setting)))
     return report.write(options.folder)
 
 
@@ -160,12 +196,14 @@ def _costs(setting: Setting) -> dict[str, Any]:
 # ---------------------------------------------------------------------- fine-tuning
 
 
-def _rows(split: Any, setting: Setting) -> Tensor:
+def _rows(base: BaseModel | GivenModel, split: Any, setting: Setting) -> Tensor:
     """Rows of text to evaluate on, ``(rows, 128)``."""
+    if isinstance(base, GivenModel):
+        return base.rows(split, setting.evaluated if split == "test" else setting.evaluated // 4 or 1, 128)
     return text_rows(reference_texts(split), setting.evaluated, 128)
 
 
-def _adapted(base: BaseModel, method: str, seed: int) -> tuple[Any, int]:
+def _adapted(base: BaseModel | GivenModel, method: str, seed: int) -> tuple[Any, int]:
     """A copy of the base model with an adapter, and the parameters trained (about as many, but for a projection)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed(seed, "adapter"))
@@ -182,8 +220,9 @@ def _require_peft() -> Any:
 
 def _adapt(model: Any, method: str, seed: int) -> tuple[Any, int]:
     peft = _require_peft()
-    if method in (NTK, LIGHT):
-        attach(model, Config(seed=seed, initial_mass=32.0 if method == NTK else 1.0))
+    if method in (NTK, LIGHT, SHARED):
+        config = Config(seed=seed, initial_mass=1.0 if method == LIGHT else None)
+        attach(model, replace(config, per="key_head") if method == SHARED else config)
         return model, parameter_count(model)
     shape = model.config
     layers, width, key_width = shape.num_hidden_layers, shape.hidden_size, shape.num_key_value_heads * shape.head_dim
@@ -204,22 +243,23 @@ def _adapt(model: Any, method: str, seed: int) -> tuple[Any, int]:
     return model, sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def _tune(setting: Setting, base: BaseModel, method: str, rate: float, seed: int) -> dict[str, Any]:
+def _tune(setting: Setting, base: BaseModel | GivenModel, method: str, rate: float, seed: int) -> dict[str, Any]:
     """Train an adapter; bits per byte of validation text on the way, and of test text in the end, infinite from where
     training diverged."""
-    text = torch.tensor(list("\n".join(reference_texts("train").values()).encode()))
+    prose, (rows, length) = "\n".join(reference_texts("train").values()), setting.batch
+    text = torch.tensor(base.tokenizer.encode(prose) if isinstance(base, GivenModel) else list(prose.encode()))
 
     def batches(step: int) -> dict[str, Tensor]:
-        begins = torch.randint(0, len(text) - 128, (8,), generator=stream(seed, "text", step))
-        ids = text[begins[:, None] + torch.arange(128)]
+        begins = torch.randint(0, len(text) - length, (rows,), generator=stream(seed, "text", step))
+        ids = text[begins[:, None] + torch.arange(length)]
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
     model, count = _adapted(base, method, seed)
     config = sft.Config(
         max_steps=setting.steps, learning_rate=rate, warmup_steps=min(10, setting.steps), weight_decay=0
     )
-    trainer, validation = sft.Trainer(model, config, batches=batches), _rows("validation", setting)
-    every = max(1, setting.steps // 6)
+    trainer, validation = sft.Trainer(model, config, batches=batches), _rows(base, "validation", setting)
+    every = max(1, setting.steps // setting.evaluations)
     curve = [[step, math.inf] for step in range(every, setting.steps + 1, every)]
     found: dict[str, Any] = {"rate": rate, "curve": curve, "bits_per_byte": math.inf, "parameters": count}
     try:
@@ -229,12 +269,14 @@ def _tune(setting: Setting, base: BaseModel, method: str, rate: float, seed: int
                 curve[step // every - 1][1] = _bits(model, validation)
     except FloatingPointError:  # of too high a rate
         return found
-    return found | {"bits_per_byte": _bits(model, _rows("test", setting))}
+    if isinstance(base, GivenModel):
+        found["of_rows"] = [_bits(model, row[None]) for row in _rows(base, "test", setting)]
+    return found | {"bits_per_byte": _bits(model, _rows(base, "test", setting))}
 
 
 @torch.no_grad()
 def _bits(model: Any, ids: Tensor) -> float:
-    """Bits per byte; infinite where training went astray."""
+    """Bits per byte, of a given model per token; infinite where training went astray."""
     model.eval()
     bits = float(model(input_ids=ids, labels=ids).loss) / math.log(2)
     return bits if math.isfinite(bits) else math.inf
@@ -251,7 +293,7 @@ class _Report(Report):
 
     def __init__(self, name: str, title: str, about: Mapping[str, Any], setting: Setting) -> None:
         super().__init__(name, title, about)
-        self.setting = setting
+        self.setting, self.unit = setting, "byte"
         self.curves: dict[str, list[float]] = {}
         self.times: dict[str, list[float]] = {}
         self.found: dict[str, list[dict[str, Any]]] = {}
@@ -295,33 +337,42 @@ class _Report(Report):
 
     def tuned(self, before: float) -> None:
         """Bits per byte after fine-tuning, and the paper's comparisons."""
-        self.record("no adapter", "bits per byte, test", before)
+        self.record("no adapter", f"bits per {self.unit}, test", before)
         for method, runs in self.found.items():
-            self.mean(method, "bits per byte, test", [run["bits_per_byte"] for run in runs])
+            self.mean(method, f"bits per {self.unit}, test", [run["bits_per_byte"] for run in runs])
             self.record(method, "parameters trained", runs[0]["parameters"])
             self.record(method, "learning rate", runs[0]["rate"])
-        ours = [run["bits_per_byte"] for run in self.found[NTK]]
         for method in ("prefix tuning", "P-tuning v2", "LoRA"):
-            theirs = [run["bits_per_byte"] for run in self.found[method]]
-            saved = [b - a for a, b in zip(ours, theirs, strict=True)]
-            words = f"bits per byte saved, {method} − NTK-Attention"
-            self.claim(NTK, words, saved, f"superior or competitive to {method}")
+            if method in self.found:
+                saved = [b - a for a, b in zip(self._values(NTK), self._values(method), strict=True)]
+                words = f"bits per {self.unit} saved, {method} − NTK-Attention"
+                self.claim(NTK, words, saved, f"superior or competitive to {method}")
+        if SHARED in self.found:
+            saved = [b - a for a, b in zip(self._values(SHARED), self._values(NTK), strict=True)]
+            words, claim = (
+                f"bits per {self.unit} saved, per query head − per key head",
+                "a prefix per key head is no worse",
+            )
+            self.claim(SHARED, words, saved, claim, threshold=-0.02)
+
+    def _values(self, method: str) -> list[float]:
+        """Of each seed, of a given model of each passage."""
+        runs = self.found[method]
+        return runs[0]["of_rows"] if self.unit == "token" else [run["bits_per_byte"] for run in runs]
 
     def plot(self, figure: Any) -> None:
         """Error and CPU time against the length of the prefix, and bits per byte against steps."""
-        error, cost, tuning = figure.subplots(1, 3)
-        for axis, lines in ((error, self.curves), (cost, self.times)):
+        *measured, tuning = figure.subplots(1, 3 if self.times else 1, squeeze=False)[0]
+        for axis, lines in zip(measured, (self.curves, self.times), strict=False):
             for name, values in lines.items():
                 axis.loglog(self.setting.lengths, values, marker="o", label=name)
         for method, runs in self.found.items():
             points = list(zip(*(run["curve"] for run in runs), strict=True))
             means = [mean_and_error([bits for _, bits in point])[0] for point in points]
             tuning.plot([point[0][0] for point in points], means, marker="o", label=method)
-        for axis, x, y in (
-            (error, "keys of the prefix", "largest error of attention"),
-            (cost, "keys of the prefix", "CPU time, µs"),
-            (tuning, "steps", "bits per byte, validation text"),
-        ):
+        labels = [("keys of the prefix", "largest error of attention"), ("keys of the prefix", "CPU time, µs")]
+        labels = [*labels[: len(measured)], ("steps", f"bits per {self.unit}, validation text")]
+        for axis, (x, y) in zip([*measured, tuning], labels, strict=True):
             axis.set(xlabel=x, ylabel=y)
             axis.grid(alpha=0.25)
             axis.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15))

@@ -5,6 +5,9 @@ like a wrong one less often than others; training on the first 15 to 35 % of the
 continuations, ends above GRPO and DAPO with equally many sampled outputs and a quarter of the optimised tokens. Here:
 GRPO draws groups as large as outputs and continuations together. It is compared at equally many sampled tokens, and
 where it has optimised as many tokens as PPPO. The continuations of a beginning say how much of the outcome it decides.
+
+No `--model`: which problems the start solves, and how often, is part of the setting; `stemma train --model` trains a
+given policy by this method.
 """
 
 import math

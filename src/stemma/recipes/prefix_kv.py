@@ -3,7 +3,8 @@
 The paper (LLaVA-1.5, prompts with images): the lowest perplexity at every budget, and generation 1.8 times as fast with
 a fifth of the cache kept. Here, first, attention alone, in layers that are made to differ in how sharp they are; then
 the base model on unseen library text: it reads a prompt, drops a share of its keys and values, and is asked for the
-text behind it, which no method has seen when it chooses. All methods keep equally many tokens of the prompt.
+text behind it, which no method has seen when it chooses. All methods keep equally many tokens of the prompt. With
+`--model` the second part is done on a pretrained model, each passage a seed, and the rest is left out.
 """
 
 import time
@@ -19,7 +20,7 @@ from transformers import DynamicCache
 
 from stemma.cache.compressed import attention_mass, priority, retained_mass
 from stemma.decode.compressed_cache import CompressedCache
-from stemma.recipes._base_model import BaseModel, python_base
+from stemma.recipes._base_model import BaseModel, GivenModel, python_base
 from stemma.recipes._report import Report
 from stemma.recipes._runs import Options, Runs
 from stemma.recipes._statistics import mean_and_error
@@ -32,11 +33,11 @@ __all__ = ["run"]
 
 OURS, PROFILE, VOTES = "PrefixKV", "PrefixKV, profile", "PrefixKV, window votes"
 METHODS: dict[str, dict[str, Any]] = {
-    OURS: {},
-    PROFILE: {},
-    "uniform": {"allocation": "uniform"},
-    "PrefixKV, normalized": {"score": "normalized"},
-    VOTES: {"score": "window", "window": 32},
+    OURS: {"allocation": "waterline", "score": "observed"},
+    PROFILE: {"allocation": "waterline", "score": "observed"},
+    "uniform": {"allocation": "uniform", "score": "observed"},
+    "PrefixKV, normalized": {"allocation": "waterline", "score": "normalized"},
+    VOTES: {"allocation": "waterline", "score": "window", "window": 32},
     "SnapKV-like": {"allocation": "uniform", "score": "window", "window": 32},
     "PyramidKV-like": {"allocation": "pyramid", "score": "window", "window": 32},
     "StreamingLLM-like": {"allocation": "uniform", "score": "recent", "protect_first": 4},
@@ -52,27 +53,32 @@ TEMPERATURES = (0.15, 3.0)
 
 def run(options: Options) -> dict[str, Any]:
     """Run it; see `stemma.recipes._report.Report.write` for what is returned."""
-    quick, base = options.quick, python_base(options)
+    quick, given = options.quick, options.model is not None
+    base = GivenModel.load(options.model) if options.model else python_base(options)
     enable(base.model, self_test=False)
-    seeds = options.seeds or (1 if quick else 6)
-    prompt, behind, rows = (768, 32, 1) if quick else (1024, 128, 12)
+    seeds = options.seeds or (1 if quick else 8 if given else 6)
+    prompt, behind, rows = (768, 32, 1) if quick else (512, 64, 1) if given else (1024, 128, 12)
+    planted = f"8 of 4 heads of 32, temperatures {TEMPERATURES[0]} to {TEMPERATURES[1]}, 512 tokens"
+    source = "passages of the language reference" if given else "unseen library files"
     about = {
-        "planted layers": f"8 of 4 heads of 32, temperatures {TEMPERATURES[0]} to {TEMPERATURES[1]}, 512 tokens",
-        "model": f"byte-level Llama of {base.parameters:,} parameters trained on library sources",
-        "text": f"per seed {rows} unseen library files, {prompt} bytes compressed, {behind} predicted",
+        **({} if given else {"planted layers": planted}),
+        "model": base.about,
+        "text": f"per seed {rows} {source}, {prompt} {base.unit}s compressed, {behind} predicted",
         "seeds": seeds,
     }
     report = _Report("prefix-kv", "PrefixKV: each layer keeps as many keys as its attention spreads over", about)
+    report.unit = base.unit
     runs = Runs(options.folder / "runs" / "prefix-kv")
-    profile = _profile(base, prompt, rows)
+    profile = _profile(base, prompt, 2 if given else rows)
     for seed in range(seeds):
         runs.say(f"PrefixKV: seed {seed} of {seeds}")
-        report.planted.append(runs("planted", seed, {"temperatures": TEMPERATURES}, partial(_planted, seed)))
+        if not given:
+            report.planted.append(runs("planted", seed, {"temperatures": TEMPERATURES}, partial(_planted, seed)))
         text = base.rows("test", rows * (seed + 1), prompt + behind)[rows * seed :]
         known = {"model": base.folder.name, "prompt": prompt, "behind": behind, "rows": rows, "methods": METHODS}
         report.quality.append(runs("quality", seed, known, partial(_quality, base, text, prompt, profile)))
     length, copies, new = (384, 2, 2) if quick else (3968, 16, 12)
-    for seed in range(1 if quick else 5):
+    for seed in range(0 if given else 1 if quick else 5):
         work = partial(_speed, base, length, copies, new, seed)
         setting = {"model": base.folder.name, "length": length, "copies": copies, "new": new}
         report.speed.append(runs("speed", seed, setting, work))
@@ -132,13 +138,13 @@ def _output_error(scores: Tensor, value: Tensor, whole: Tensor, kept: np.ndarray
 # ---------------------------------------------------------------------- the base model
 
 
-def _profile(base: BaseModel, prompt: int, samples: int) -> Profile:
+def _profile(base: BaseModel | GivenModel, prompt: int, samples: int) -> Profile:
     """Sizes of layers from validation text; the paper takes about ten samples."""
     return calibrate(base.model, base.rows("validation", samples, prompt).tolist(), KEPT)
 
 
 @torch.no_grad()
-def _quality(base: BaseModel, text: Tensor, prompt: int, profile: Profile) -> dict[str, Any]:
+def _quality(base: BaseModel | GivenModel, text: Tensor, prompt: int, profile: Profile) -> dict[str, Any]:
     """For each method nats per byte lost against the whole cache, divergence from it, and bytes, by share kept."""
     model = base.model
     found: dict[str, list[dict[str, float]]] = {
@@ -164,7 +170,7 @@ def _quality(base: BaseModel, text: Tensor, prompt: int, profile: Profile) -> di
 
 
 @torch.no_grad()
-def _speed(base: BaseModel, length: int, copies: int, new: int, seed: int) -> dict[str, Any]:
+def _speed(base: BaseModel | GivenModel, length: int, copies: int, new: int, seed: int) -> dict[str, Any]:
     """CPU time of a step, and bytes held, with so many rows that go on from one prompt."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -204,17 +210,19 @@ class _Report(Report):
 
     def __init__(self, name: str, title: str, about: dict[str, Any]) -> None:
         super().__init__(name, title, about)
+        self.unit = "byte"
         self.planted: list[dict[str, Any]] = []
         self.quality: list[dict[str, Any]] = []
         self.speed: list[dict[str, Any]] = []
 
     def summarise(self, length: int, copies: int) -> None:
         """The claims, then everything else."""
-        planted = {name: self._planted(name, 0.2, 0) for name in self.planted[0]["found"]}
+        planted = {name: self._planted(name, 0.2, 0) for name in (self.planted[0]["found"] if self.planted else ())}
         words = "planted layers, a fifth kept: worst relative error"
-        self._claim("waterline", planted, words, (WATERLINE, EQUAL), "sizes by layer lose less than equal ones")
+        if planted:
+            self._claim("waterline", planted, words, (WATERLINE, EQUAL), "sizes by layer lose less than equal ones")
         for metric, words in (("lost", "loss"), ("divergence", "divergence")):
-            words = f"a fifth kept: {words}, 10⁻³ nats per byte"
+            words = f"a fifth kept: {words}, 10⁻³ nats per {self.unit}"
             values = {name: self._curve(name, metric)[0.2] for name in METHODS}
             for pair in (OURS, "uniform"), (VOTES, "SnapKV-like"):
                 self._claim(pair[0], values, words, pair, "sizes by layer lose less than equal ones")
@@ -228,7 +236,7 @@ class _Report(Report):
             for name in METHODS:
                 for keep, of_seeds in self._curve(name, metric).items():
                     self.mean(name, f"{words}, kept {keep:.0%}", of_seeds)
-        for name in self.speed[0]["found"]:
+        for name in self.speed[0]["found"] if self.speed else ():
             column = "transformers' default" if name == "default" else f"kept {float(name):.0%}"
             times, held = zip(*(run["found"][name] for run in self.speed), strict=True)
             words = f"{copies} rows of {length} bytes"
@@ -259,30 +267,34 @@ class _Report(Report):
 
     def plot(self, figure: Any) -> None:
         """Four panels against the share kept."""
-        planted, loss, divergence, speed = figure.subplots(1, 4)
-        for method in self.planted[0]["found"]:
-            _errorbar(planted, KEPT, [self._planted(method, keep, 0) for keep in KEPT], method)
-        planted.set(title="planted layers, attention alone", ylabel="worst relative error of a layer", yscale="log")
+        panels = figure.subplots(1, 4 if self.planted else 2).tolist()
+        loss, divergence = panels[-2:]
+        if self.planted:
+            planted, speed = panels[:2]
+            for method in self.planted[0]["found"]:
+                _errorbar(planted, KEPT, [self._planted(method, keep, 0) for keep in KEPT], method)
+            planted.set(title="planted layers, attention alone", ylabel="worst relative error of a layer", yscale="log")
+            shares = (1.0, *KEPT)
+            for place, (label, colour) in enumerate((("CPU time of a step", "C0"), ("bytes held", "C1"))):
+                values = [
+                    [run["found"][str(keep)][place] / run["found"]["1.0"][place] for run in self.speed]
+                    for keep in shares
+                ]
+                _errorbar(speed, shares, values, label, color=colour)
+            speed.set(title="decoding", ylabel="relative to everything kept", ylim=(0, None))
+            planted.legend(fontsize=7)
+            speed.legend(fontsize=7)
         for method in METHODS:
             for axis, metric in ((loss, "lost"), (divergence, "divergence")):
                 curve = self._curve(method, metric)
                 _errorbar(axis, KEPT, [curve[keep] for keep in KEPT], method)
-        loss.set(title="text behind the prompt", ylabel="loss added, 10⁻³ nats per byte")
+        loss.set(title="text behind the prompt", ylabel=f"loss added, 10⁻³ nats per {self.unit}")
         divergence.set(
             title="text behind the prompt", ylabel="divergence from the whole cache, 10⁻³ nats", yscale="log"
         )
-        shares = (1.0, *KEPT)
-        for place, (label, colour) in enumerate((("CPU time of a step", "C0"), ("bytes held", "C1"))):
-            values = [
-                [run["found"][str(keep)][place] / run["found"]["1.0"][place] for run in self.speed] for keep in shares
-            ]
-            _errorbar(speed, shares, values, label, color=colour)
-        speed.set(title="decoding", ylabel="relative to everything kept", ylim=(0, None))
-        for axis in (planted, loss, divergence, speed):
+        for axis in panels:
             axis.set_xlabel("share kept")
             axis.grid(alpha=0.25)
-        planted.legend(fontsize=7)
-        speed.legend(fontsize=7)
         figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=9, fontsize=8)
 
 

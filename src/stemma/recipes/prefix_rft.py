@@ -5,6 +5,9 @@ supervised fine-tuning, and above one after the other; training on the fifth of 
 entropy beats training on all of them and on none. A later audit (arXiv 2604.23747) found that this literature's
 supervised baselines were damaged by bugs, and that supervised training followed by RL is higher once they are mended.
 Here both are measured by the same code.
+
+No `--model`: which problems the start solves, and how often, is part of the setting; `stemma train --model` trains a
+given policy by this method.
 """
 
 from collections.abc import Mapping

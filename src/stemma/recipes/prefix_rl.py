@@ -5,6 +5,9 @@ the same problems without prefixes ("back-generalisation"), with half the operat
 sampling counted. Here: problems that the start solves about once in two hundred attempts; traces by rejection sampling
 with a policy that saw better demonstrations. Controls: prefixes of other problems' traces; GRPO with the tokens of the
 rejection sampling on top of its own.
+
+No `--model`: which problems the start solves, and how often, is part of the setting; `stemma train --model` trains a
+given policy by this method.
 """
 
 from collections.abc import Sequence

@@ -3,6 +3,9 @@
 The paper (1.7B and 4B models on mathematics): TEMPO reaches GRPO's accuracy in 1.4 to 1.6 times fewer steps and ends
 higher. Here: pairs of runs with one seed; a control whose temporal differences are dealt to the wrong rows of their
 group; the tree's values beside Monte Carlo estimates of the same states.
+
+No `--model`: which problems the start solves, and how often, is part of the setting; `stemma train --model` trains a
+given policy by this method.
 """
 
 from collections.abc import Iterator
