@@ -109,7 +109,7 @@ def test_256_sequences_of_8k_tokens_take_well_under_a_second():
 
 BAD = {
     "empty": lambda: PrefixTree.from_sequences([]),
-    "Sequence 1 is empty": lambda: PrefixTree.from_sequences([[1], []]),
+    "sequence 1 is empty": lambda: PrefixTree.from_sequences([[1], []]),
     "integer token ids": lambda: PrefixTree.from_sequences([[1.5]]),
     "one-dimensional": lambda: PrefixTree.from_sequences([[[1]]]),
     "token ids between -100": lambda: PrefixTree.from_sequences([[1, -100]]),

@@ -113,7 +113,7 @@ def test_a_model_that_was_not_enabled():
 
 def test_bad_batches_for_a_model():
     model = stemma.enable(tiny_model("llama", **SIZES, seed=0))
-    with pytest.raises(stemma.InvalidBatchError, match=f"Token id {V} lies outside the model's vocabulary of {V}"):
+    with pytest.raises(stemma.InvalidBatchError, match=f"token id {V} lies outside the model's vocabulary of {V}"):
         stemma.score(model, stemma.PrefixTree.from_sequences([[1, V]]))
     with pytest.raises(stemma.InvalidBatchError, match="513 tokens, the model 512 positions"):
         stemma.score(model, stemma.PrefixTree.from_sequences([[1] * 513]))

@@ -42,12 +42,12 @@ def check_batch(model: nn.Module, tree: PrefixTree) -> None:
     vocabulary, worst = vocabulary_size(model), int(tree.packed_tokens.max())
     if worst >= vocabulary:
         raise InvalidBatchError(
-            f"Token id {worst} lies outside the model's vocabulary of {vocabulary}. Are tokenizer and model a pair?"
+            f"token id {worst} lies outside the model's vocabulary of {vocabulary}. Are tokenizer and model a pair?"
         )
     limit = max_positions(model)
     if limit is not None and limit < tree.max_length:
         raise InvalidBatchError(
-            f"The longest sequence has {tree.max_length} tokens, the model {limit} positions "
+            f"the longest sequence has {tree.max_length} tokens, the model {limit} positions "
             "(max_position_embeddings). Shorten the sequences or use a model with a longer context."
         )
 

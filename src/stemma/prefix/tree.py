@@ -118,7 +118,7 @@ class PrefixTree:
                 tail = as_ids(answer, f"response {index} of prompt {group}")
                 if head.size == 0 and tail.size > 0:
                     raise InvalidBatchError(
-                        f"Response {index} of prompt {group} has no token before it, so nothing predicts its first "
+                        f"response {index} of prompt {group} has no token before it, so nothing predicts its first "
                         "token. Put at least one token (the BOS token, say) into the prompt."
                     )
                 rows.append(np.concatenate([head, tail]))
@@ -171,10 +171,10 @@ class PrefixTree:
         for index in range(ids.shape[0]):
             real = np.flatnonzero(mask[index])
             if real.size == 0:
-                raise InvalidBatchError(f"Row {index} of attention_mask is all zero; drop the row.")
+                raise InvalidBatchError(f"row {index} of attention_mask is all zero; drop the row.")
             if real[-1] - real[0] + 1 != real.size:
                 raise InvalidBatchError(
-                    f"Row {index} of attention_mask has holes. Padding may stand before and behind the tokens of a "
+                    f"row {index} of attention_mask has holes. Padding may stand before and behind the tokens of a "
                     "row, not between them; remove the hidden tokens from input_ids."
                 )
             begin, end = int(real[0]), int(real[-1]) + 1
@@ -182,7 +182,7 @@ class PrefixTree:
             if row_scored.size and row_scored[0]:
                 if logits_to_keep is not None and begin >= length - keep:
                     raise InvalidBatchError(
-                        f"Row {index} has no prompt token before its first scored token, so nothing predicts it. "
+                        f"row {index} has no prompt token before its first scored token, so nothing predicts it. "
                         "Give every prompt at least one token (the BOS token, say)."
                     )
                 row_scored[0] = False
@@ -201,12 +201,12 @@ class PrefixTree:
         min_shared: int,
     ) -> "PrefixTree":
         if not rows:
-            raise InvalidBatchError("The batch is empty: give at least one sequence.")
+            raise InvalidBatchError("the batch is empty: give at least one sequence.")
         if min_shared < 1:
             raise InvalidBatchError(f"min_shared counts tokens and must be at least 1, got {min_shared}.")
         for index, row in enumerate(rows):
             if row.size == 0:
-                raise InvalidBatchError(f"Sequence {index} is empty; every sequence needs at least one token.")
+                raise InvalidBatchError(f"sequence {index} is empty; every sequence needs at least one token.")
         lengths = np.array([row.size for row in rows], dtype=np.int64)
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         tokens = np.concatenate(rows)

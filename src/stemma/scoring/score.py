@@ -89,7 +89,7 @@ def plain_scores(model: nn.Module, tree: PrefixTree, settings: ForwardSettings, 
     """Scores of each sequence alone, in padded micro-batches."""
     rows = plain_rows(tree, max_tokens)
     if settings.aux_loss and len(rows) > 1:
-        raise ValueError("The auxiliary loss is not a sum over micro-batches: raise max_tokens or drop aux_loss.")
+        raise ValueError("the auxiliary loss is not a sum over micro-batches: raise max_tokens or drop aux_loss.")
     parts = [plain_forward(model, tree, row, settings) for row in rows]
     return make_scores(
         tree,
@@ -156,7 +156,7 @@ def backward(
         value.backward()
         return value.detach(), _detached(scores)
     if aux_loss:
-        raise ValueError("The auxiliary loss is not a sum over parts of a batch: raise max_tokens or drop aux_loss.")
+        raise ValueError("the auxiliary loss is not a sum over parts of a batch: raise max_tokens or drop aux_loss.")
     if chosen == "plain":
         return _plain_backward(model, tree, loss, settings, max_tokens)
     assert max_tokens is not None

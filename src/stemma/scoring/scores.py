@@ -49,7 +49,7 @@ class Scores:
     def _values(self, which: str) -> Tensor:
         values = {"logprobs": self.logprobs, "entropies": self.entropies}[which]
         if values is None:
-            raise ValueError("These scores hold no entropies: ask for them with score(..., entropy=True).")
+            raise ValueError("these scores hold no entropies: ask for them with score(..., entropy=True).")
         return values
 
 
@@ -90,9 +90,9 @@ def scalar_loss(value: Any) -> Tensor:
     """
     if not isinstance(value, Tensor):
         raise ValueError(
-            f"The loss must be a scalar tensor, got {type(value).__name__}: compute it from scores.logprobs, without "
+            f"the loss must be a scalar tensor, got {type(value).__name__}: compute it from scores.logprobs, without "
             "item() or float()."
         )
     if value.dim():
-        raise ValueError(f"The loss must be a scalar, got shape {tuple(value.shape)}.")
+        raise ValueError(f"the loss must be a scalar, got shape {tuple(value.shape)}.")
     return value
