@@ -53,6 +53,45 @@ def test_what_is_no_method_is_known() -> None:
     assert inside - found == SHARED
 
 
+NAMES_OF_MORE = {"grpo": "the trainer's own name", "trl": "the package that is adapted"}
+"""Methods whose names are also those of something that others use."""
+
+
+def names_method(name: str, text: str) -> bool:
+    """Whether a word of the text is a method's name, also in the spellings of classes and flags, or begins with it."""
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", text).replace("-", "_").lower()
+    return bool(re.search(rf"(?<![a-z0-9]){'_?'.join(name.replace('-', ''))}(?![a-z0-9])", words))
+
+
+@pytest.mark.parametrize("text", ["a tempo", "TEMPO:", "TempoConfig", "rl.tempo import", "use_tempo", "--tempo.x"])
+def test_names_of_methods_are_found(text: str) -> None:
+    assert names_method("tempo", text)
+
+
+def test_a_name_is_found_in_every_spelling_and_not_in_other_words() -> None:
+    for text in ("prefix_kv", "prefix-kv", "PrefixKV", "PrefixKVCache", "make_prefix_kv"):
+        assert names_method("prefix-kv", text), text
+    assert names_method("kvcomm", "KVComm")
+    assert names_method("pppo", "PPPOConfig")
+    assert not names_method("tempo", "temporary contemporary")
+    assert not names_method("prefix-kv", "prefix, kv; prefix_kvs")
+
+
+@each_file
+def test_the_name_of_a_method_stands_in_its_own_places_only(path: Path) -> None:
+    room, stem = module_of(path).split(".")[1:]
+    if stem in NAMES_OF_MORE:
+        return
+    places = (PACKAGE / room / f"{stem}.py", PACKAGE / room / stem, *(PACKAGE / "recipes").glob(f"*{stem}*"))
+    found = [
+        file.relative_to(PACKAGE).as_posix()
+        for file in PACKAGE.rglob("*.py")
+        if not any(place in (file, *file.parents) for place in places)
+        and names_method(method_name(path), file.read_text(encoding="utf-8"))
+    ]
+    assert found == []
+
+
 def test_every_recipe_has_its_method() -> None:
     assert set(recipe_files()) <= set(methods())
 

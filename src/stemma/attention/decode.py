@@ -1,7 +1,7 @@
 """Attention of new tokens to a tree of shared prefixes and to their own rows: rectangles, merged by log-sum-exp.
 
 While decoding, the keys that several rows share are read once for all of them: their queries are stacked, so that many
-matrix-vector products become one matrix product (Hydragen, arXiv 2402.05099, section 3). Over key segments `t`, with
+matrix-vector products become one matrix product (arXiv 2402.05099, section 3). Over key segments `t`, with
 scores `s` and values `v`,
 
     o_t = softmax(s_t) v_t,  l_t = log sum exp(s_t),

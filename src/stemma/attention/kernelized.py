@@ -1,7 +1,7 @@
 """Attention over many keys by a feature map: kernelised softmax attention, merged with the ordinary kind.
 
 With a map `phi` such that `phi(q) . phi(k)` is about `exp(scale * q . k)`, attention over many keys and values
-takes two sums over it, however many there are (NTK-Attention, arXiv 2406.14036):
+takes two sums over it, however many there are (arXiv 2406.14036):
 
     Z = sum_j phi(k_j) v_j^T,  k = sum_j phi(k_j),
     o_P = phi(q) Z / (phi(q) . k),  l_P = log(phi(q) . k).

@@ -1,7 +1,7 @@
 """A bounded pool of anchors: texts whose keys and values are known alone and below the templates of several agents.
 
 Anchors are kept by placeholder. The pool has a limit in number for each placeholder and one in bytes for all; when it
-is full, the least used of the oldest few goes (KVCOMM, arXiv 2510.12872). It may be used from several threads: entries
+is full, the least used of the oldest few goes (arXiv 2510.12872). It may be used from several threads: entries
 are handed out as tuples, and their tensors are never written.
 """
 

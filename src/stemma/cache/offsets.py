@@ -1,7 +1,7 @@
 """How the keys and values of a text differ below a template from those of the text alone, estimated from anchors.
 
 An anchor is a text whose states are known both alone (the *base*) and below the template. Their difference is added,
-weighted by likeness, to the base of another text (KVCOMM, arXiv 2510.12872, section 3). With `K_a` the base of anchor
+weighted by likeness, to the base of another text (arXiv 2510.12872, section 3). With `K_a` the base of anchor
 `a`, `K` that of the text (`N` tokens) and `D_a` the anchor's difference,
 
     s_a(n) = mean over layers, heads, channels of |K_a(n) - K(n)|,  w(n) = softmax_a(-s_a(n) / temperature),

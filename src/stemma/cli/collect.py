@@ -1,7 +1,7 @@
 """Collect verified solutions by rejection sampling, for training on problems that begin with part of one.
 
 Samples each problem until the first completion that the verifier accepts, or until --max-samples have failed, and
-writes one line per problem to --output: the traces of `stemma train --method prefix-rl`. Problems that `stemma train`
+writes one line per problem to --output: the --traces of `stemma train`. Problems that `stemma train`
 holds out for evaluation with the same --seed and --eval-prompts are never sampled.
 
 Without --model: the small Llama of `stemma train` on DialLock, after the same supervised warm-up. With --model and

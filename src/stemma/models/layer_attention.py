@@ -1,7 +1,7 @@
 """Attention of one layer under the signature of transformers: what is refused, who watches, and learned prefixes.
 
-An attention module may have a sub-module named :data:`KERNEL_PREFIX`, which attends to a prefix that has no keys
-(:mod:`stemma.tune.ntk_attention`). Wherever the registered implementation of :mod:`stemma.models.adapter` computes that
+An attention module may have a sub-module named :data:`KERNEL_PREFIX`, which attends to a learned prefix that has
+no keys. Wherever the registered implementation of :mod:`stemma.models.adapter` computes that
 module's attention, the two are merged.
 """
 

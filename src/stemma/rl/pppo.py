@@ -24,7 +24,7 @@ evaluation without a new best; the paper does not say how it counts. It feeds ev
 problems that the final figure does not use.
 
 Problem, beginnings, continuations are a prefix tree of three levels; sampling encodes the problem once. Relations: tree
-credit may be the wrapped credit. Rows with forced tokens (Prefix-RFT) are refused, for their beginning was not sampled.
+credit may be the wrapped credit. Rows with forced tokens are refused, for their beginning was not sampled.
 
 ```python
 import torch

@@ -21,9 +21,8 @@ What we changed: `h` is uniform over the whole numbers of tokens within the rati
 be restricted to boundaries; traces are kept as token ids from sampling to training. We estimate sampling at 2ND
 operations as the paper does, with D all sampled tokens and each prompt once per round.
 
-Relations: a choice of prompts alone, so any rollout, credit (such as the tree credit of TEMPO) and loss of the trainer
-goes with it. Prefix-RFT trains on its prefixes, PrefixRL never does. The shared forward encodes problem and prefix once
-per group.
+Relations: a choice of prompts alone, so any rollout, credit (such as tree credit) and loss of the trainer goes with it.
+The shared forward encodes problem and prefix once per group.
 
 ```python
 from stemma.data.traces import Trace
