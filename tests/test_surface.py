@@ -35,7 +35,7 @@ NAMES = {
     "score",
 }
 
-# Command -> its options, in the order of its help page (`--json` is common to all).
+# Command -> its options, in the order of its class (`--json` is common to all).
 COMMANDS: dict[str, tuple[str, ...]] = {
     "base-model": ("cache_dir", "quick"),
     "check": ("model", "random_init", "sequences", "dtype", "device", "seed"),
@@ -60,28 +60,19 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "methods": ("method",),
     "run": ("seeds", "output_dir", "cache_dir", "model", "quick", "method"),
     "train": (
-        *("max_steps", "num_generations", "max_completion_length", "temperature", "top_p", "top_k"),
-        *("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "num_iterations"),
-        *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2"),
-        *("max_grad_norm", "loss_type", "credit", "scale_rewards", "epsilon", "epsilon_high", "delta"),
-        *("importance_sampling_level", "beta", "kl_estimator", "use_bias_correction_kl", "entropy_coef"),
-        *("router_aux_loss_coef", "mask_truncated_completions", "soft_punish_cache", "dynamic_sampling"),
+        *("num_generations", "max_completion_length", "temperature", "top_p", "top_k", "dynamic_sampling"),
         *("max_generation_batches", "importance_sampling_correction", "importance_sampling_mode"),
-        *("importance_sampling_clip_max", "importance_sampling_clip_min", "shared_prefix", "max_tokens"),
+        *("importance_sampling_clip_max", "importance_sampling_clip_min"),
+        *("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation"),
+        *("num_iterations", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1"),
+        *("adam_beta2", "max_grad_norm", "loss_type", "credit", "scale_rewards", "epsilon", "epsilon_high", "delta"),
+        *("importance_sampling_level", "beta", "kl_estimator", "use_bias_correction_kl", "entropy_coef"),
+        *("router_aux_loss_coef", "mask_truncated_completions", "soft_punish_cache", "shared_prefix", "max_tokens"),
         *("compare_every", "bf16", "gradient_checkpointing", "seed"),
         # Not of GRPO:
         *("model", "dataset", "output_dir", "resume", "method", "traces"),
-        *(
-            "server",
-            "stop_strings",
-            "sft_steps",
-            "sft_learning_rate",
-            "shots",
-            "use_peft",
-            "lora_r",
-            "eval_prompts",
-            "eval_steps",
-        ),
+        *("server", "stop_strings", "sft_steps", "sft_learning_rate", "shots", "use_peft", "lora_r", "eval_prompts"),
+        "eval_steps",
         *("save_steps", "save_total_limit", "report_to"),
     ),
 }

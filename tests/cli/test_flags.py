@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import re
 import subprocess
 import sys
 import types
@@ -180,6 +181,51 @@ def test_help_groups_what_is_inherited_and_nested(capsys: pytest.CaptureFixture[
         assert "Steps; None: some number." in page  # the help of the class that changes the default
         assert "--report-to {none,a,b} ..." in page
         assert ("--no-loud" in page) == (len(arguments) > 1)
+
+
+def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        parse(*arguments)
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_shows_what_comes_first_and_help_all_the_rest(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pages = [shown(capsys, "--help"), shown(capsys, "--help-all")]
+    monkeypatch.setattr(Config, "first_flags", ("rate", "name"), raising=False)
+    pages.append(shown(capsys, "--help-all"))
+    first = shown(capsys, "--help")
+    assert set(re.findall(r"--[a-z][a-z.-]*", first)) == {"--help", "--rate", "--name", "--config", "--json", "--help-all"}
+    assert "these and 7 more" in first
+    for page in pages:
+        assert "--group.first-ratio FLOAT" in page
+        assert "--help-all" not in page
+    assert parse("--group.first-ratio", "1").group.first_ratio == 1  # hidden, not gone
+
+
+@pytest.mark.parametrize("columns", ["0", "1", "5", "39"])
+def test_help_in_a_narrow_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    assert "--group.first-ratio" in shown(capsys, "--help")
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--rate", "nan"], "rate must be a finite number; got nan"),
+        (["--rate=-inf"], "rate must be a finite number; got -inf"),
+        (["--group.first-ratio", "inf"], "first_ratio must be a finite number; got inf"),
+        (["--steps", "1" + 30 * "0"], "steps must be a number of at most 63 bits; got one of 100"),
+        (["--steps", "1" + 5000 * "0"], "steps"),
+        (["--steps", "1.5"], "Error parsing --steps"),
+    ],
+)
+def test_numbers_that_nobody_means_are_refused_by_their_flag(flags: list[str], told: str) -> None:
+    assert told in refused(*flags)
 
 
 def test_flat_names() -> None:

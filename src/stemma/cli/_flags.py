@@ -4,18 +4,20 @@ The fields of a `Config` are its flags and the strings under them their help. Fi
 their own on the help page, and a field that is itself a dataclass is a group whose flags begin with the field's name:
 `--server.url URL`. In a YAML file the same option is `url: URL` below `server:`. Flags come after the file and overrule
 it. A command whose options depend on each other offers `config_class(given)` beside its `Config`: the class to use for
-the options that were given.
+the options that were given. A command with many options names those that a person needs first in `Config.first_flags`:
+`--help` shows them, `--help-all` shows every option.
 """
 
 import ast
 import dataclasses
 import difflib
 import inspect
+import math
 import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
@@ -27,6 +29,9 @@ _COMMON = {
     "json": (bool, False, "Print the result as one JSON object on stdout; everything else goes to stderr."),
 }
 
+_NARROWEST = 40
+"""Columns of help; tyro does not come to an end in 5."""
+
 
 def parse(name: str, module: Any, arguments: Sequence[str]) -> tuple[Any, bool]:
     """The command's own Config from its flags and YAML files, and whether `--json` was among them.
@@ -37,9 +42,14 @@ def parse(name: str, module: Any, arguments: Sequence[str]) -> tuple[Any, bool]:
     """
     import tyro  # 0.1 s, so not before a command has been chosen
 
-    if {"-h", "--help"} & set(arguments):
+    if shutil.get_terminal_size().columns < _NARROWEST:
+        os.environ["COLUMNS"] = str(_NARROWEST)
+    hidden: set[str] = set()
+    if {"-h", "--help", "--help-all"} & set(arguments):
         print(_wrapped(module.__doc__ or ""), end="\n\n")
-    files, flags = _split(arguments)
+        if "--help-all" not in arguments and hasattr(module.Config, "first_flags"):
+            hidden = {field.name for field in dataclasses.fields(module.Config)} - set(module.Config.first_flags)
+    files, flags = _split([word if word != "--help-all" else "--help" for word in arguments])
     contents = {path: _read_yaml(name, path) for path in files}
     try:
         config_class = _config_class(module, [*contents.values(), _given(flags)])
@@ -48,12 +58,14 @@ def parse(name: str, module: Any, arguments: Sequence[str]) -> tuple[Any, bool]:
     except ValueError as error:
         _refuse(name, str(error))
     own = (module.Config, config_class)
-    form = _form(config_class, own, pairs=bool(files), common=True)
+    form = _form(config_class, own, pairs=bool(files), common=True, hidden=hidden)
     try:
         parsed: Any = tyro.cli(form, prog=f"stemma {name}", description="", args=flags)
     except SystemExit as stop:
         if stop.code and files:
             print(f"Some of the options come from {', '.join(files)}.", file=sys.stderr)
+        if not stop.code and hidden:
+            print(f"`stemma {name} --help-all` shows all options, these and {len(hidden)} more.")
         raise
     try:
         return _filled(config_class, own, parsed), parsed.json
@@ -115,9 +127,11 @@ def _plain(value: Any) -> Any:
 # ---------------------------------------------------------------------------------------------- what tyro parses
 
 
-def _form(config_class: type, own: Sequence[type], *, pairs: bool, common: bool = False) -> type:
+def _form(
+    config_class: type, own: Sequence[type], *, pairs: bool, common: bool = False, hidden: Collection[str] = ()
+) -> type:
     """A plain dataclass with the flags of `config_class`, those of other classes than `own` grouped; it checks nothing
-    but types."""
+    but types. Help does not show the `hidden` ones."""
     import tyro
 
     hints, helps = get_type_hints(config_class, include_extras=True), _helps(config_class)
@@ -128,12 +142,14 @@ def _form(config_class: type, own: Sequence[type], *, pairs: bool, common: bool 
         target = flags if owner in own else groups.setdefault(owner, [])
         hint = hints[field.name]
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-            nested = _form(hint, [hint], pairs=pairs)
+            within = [each.name for each in dataclasses.fields(hint)] if field.name in hidden else ()
+            nested = _form(hint, [hint], pairs=pairs, hidden=within)
             text = helps.get(field.name) or (hint.__doc__ or "").partition("\n")[0]
             hint = Annotated[nested, tyro.conf.arg(help=text)]
             target.append((field.name, hint, dataclasses.field(default_factory=nested)))
         else:
             hint = _annotated(field.name, hint, field.default, helps.get(field.name, ""), pairs)
+            hint = Annotated[hint, tyro.conf.Suppress] if field.name in hidden else hint
             copied = dataclasses.field(default=field.default)  # a factory's default, if any, goes in its place
             if field.default_factory is not dataclasses.MISSING:
                 copied = dataclasses.field(default_factory=field.default_factory)
@@ -156,6 +172,10 @@ def _filled(config_class: type, own: Sequence[type], parsed: Any) -> Any:
         value = getattr(parsed if owner in own else getattr(parsed, _group_name(owner)), field.name)
         hint = hints[field.name]
         values[field.name] = _filled(hint, [hint], value) if dataclasses.is_dataclass(value) else value
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{field.name} must be a finite number; got {value}")
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise ValueError(f"{field.name} must be a number of at most 63 bits; got one of {value.bit_length()}")
     return config_class(**values)
 
 
@@ -165,8 +185,8 @@ def _owner(config_class: type, name: str) -> type:
 
 
 def _group_name(owner: type) -> str:
-    """Name of the group of inherited flags: the room of the class, such as `rl`."""
-    return owner.__module__.split(".")[-2]
+    """Name of the group of inherited flags: that of their class, such as `sampling`."""
+    return owner.__name__.lower()
 
 
 def _helps(config_class: type) -> dict[str, str]:

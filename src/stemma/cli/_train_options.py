@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from stemma.cli.methods import method_files, method_name
 from stemma.rl.engine.options import Config as GRPOConfig
@@ -42,6 +42,12 @@ class Config(GRPOConfig):
 
     None stands for a default that depends on the job (with or without --model) or on the method.
     """
+
+    first_flags: ClassVar[tuple[str, ...]] = (
+        *("model", "dataset", "output_dir", "resume", "method", "credit", "use_peft", "eval_prompts", "report_to"),
+        *("num_generations", "max_completion_length", "temperature", "max_steps", "per_device_train_batch_size"),
+        *("gradient_accumulation_steps", "learning_rate", "loss_type", "beta", "max_tokens", "bf16", "seed"),
+    )
 
     model: str | None = None
     """Model folder or hub id; None: a small Llama, made here. Needs --dataset."""
@@ -93,7 +99,8 @@ class Config(GRPOConfig):
     max_completion_length: int | None = None  # type: ignore[assignment]
     """Tokens after which a completion is cut off; None: 72, with --model 256."""
     learning_rate: float | None = None  # type: ignore[assignment]
-    """Peak learning rate of AdamW in GRPO; None: 2e-4, with --model 1e-6."""
+    """Peak learning rate of AdamW in GRPO; None: 2e-4, with --model 1e-6, which is TRL's default and learns nothing
+    visible in some hundred steps. Try 3e-6 for all weights, 2e-4 with --use-peft."""
     lr_scheduler_type: SchedulerType | None = None  # type: ignore[assignment]
     """Course of GRPO's learning rate after its warm-up; None: constant, with --model linear."""
     adam_beta2: float | None = None  # type: ignore[assignment]
@@ -110,7 +117,8 @@ class Config(GRPOConfig):
             return  # the complete settings have passed these checks
         if (self.model is None) != (self.dataset is None):
             raise ValueError("give --model and --dataset together, or neither for the embedded task")
-        for name, low in (("shots", 0), ("sft_steps", 0), ("eval_prompts", 0), ("eval_steps", 0), ("save_steps", 1)):
+        from_zero = ("shots", "sft_steps", "sft_learning_rate", "eval_prompts", "eval_steps")
+        for name, low in (*((name, 0) for name in from_zero), ("save_steps", 1)):
             value = getattr(self, name)
             if value is not None and value < low:
                 raise ValueError(f"{name} must be at least {low}; got {value}")

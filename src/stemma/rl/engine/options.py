@@ -9,10 +9,14 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 __all__ = [
     "Config",
     "CreditName",
+    "Forward",
     "ImportanceSamplingLevel",
     "ImportanceSamplingMode",
     "KLEstimator",
+    "Loss",
     "LossType",
+    "Optimiser",
+    "Sampling",
     "ScaleRewards",
     "SchedulerType",
     "check_fields",
@@ -57,11 +61,9 @@ def _accepts(kind: Any, value: Any) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    """Options of `Trainer`. Where TRL 1.16's `GRPOConfig` has the concept, name and meaning are TRL's."""
+class Sampling:
+    """How completions are sampled."""
 
-    max_steps: int = 100
-    """Optimiser steps in all, >= 1."""
     num_generations: int = 8
     """Completions per prompt (the group size G), >= 2. GRPO: 64; DAPO: 16."""
     max_completion_length: int = 512
@@ -72,7 +74,50 @@ class Config:
     """Nucleus sampling: keep the most likely tokens with this total probability, in (0, 1]; 1 keeps all."""
     top_k: int = 0
     """Sample among this many most likely tokens; 0 keeps all."""
+    dynamic_sampling: bool = False
+    """Drop groups whose rewards are all equal and sample further prompts until the batch is full (DAPO)."""
+    max_generation_batches: int = 10
+    """Rounds of sampling at most for one batch of dynamic_sampling, >= 2; then dropped groups fill it up. DAPO: 10."""
+    importance_sampling_correction: bool = False
+    """Weigh tokens by trainer's / sampler's probability: for a sampler with other numerics or older weights."""
+    importance_sampling_mode: ImportanceSamplingMode = "sequence_mask"
+    """One such weight per token or per sequence; outside its bounds it is clipped (truncate) or set to 0 (mask)."""
+    importance_sampling_clip_max: float | None = 3.0
+    """Upper bound of the weight, > 0; None: none."""
+    importance_sampling_clip_min: float | None = None
+    """Lower bound of the weight, >= 0 and below importance_sampling_clip_max; None: none."""
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+        require(self, "num_generations", self.num_generations >= 2, "at least 2: advantages compare within a group")
+        require(self, "max_completion_length", self.max_completion_length >= 1, "at least 1")
+        require(self, "temperature", self.temperature > 0, "above 0")
+        require(self, "top_p", 0 < self.top_p <= 1, "in (0, 1]")
+        require(self, "top_k", self.top_k >= 0, "at least 0")
+        require(self, "max_generation_batches", self.max_generation_batches >= 2, "at least 2: one draws nothing anew")
+        low, high = self.importance_sampling_clip_min, self.importance_sampling_clip_max
+        require(self, "importance_sampling_clip_max", high is None or high > 0, "above 0, or None")
+        require(self, "importance_sampling_clip_min", low is None or low >= 0, "at least 0, or None")
+        require(
+            self,
+            "importance_sampling_clip_min",
+            low is None or high is None or low < high,
+            f"below importance_sampling_clip_max={high}",
+        )
+        require(
+            self,
+            "importance_sampling_mode",
+            low is not None or high is not None or self.importance_sampling_mode.endswith("_mask"),
+            "token_mask or sequence_mask without importance_sampling_clip_max and importance_sampling_clip_min",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimiser:
+    """Steps, batches and the optimiser."""
+
+    max_steps: int = 100
+    """Optimiser steps in all, >= 1."""
     per_device_train_batch_size: int = 64
     """Completions of one micro-batch on one process: a multiple of num_generations, because groups stay whole."""
     gradient_accumulation_steps: int = 1
@@ -81,9 +126,9 @@ class Config:
     """Micro-batches sampled at a time: a multiple of gradient_accumulation_steps; None: that number itself."""
     num_iterations: int = 1
     """Times that each sampled batch is optimised (mu of GRPO), >= 1."""
-
     learning_rate: float = 1e-6
-    """Peak learning rate of AdamW, >= 0."""
+    """Peak learning rate of AdamW, >= 0. The default is TRL's and learns nothing visible in some hundred steps: try
+    3e-6 for all weights, 2e-4 for a LoRA adapter."""
     lr_scheduler_type: SchedulerType = "linear"
     """Course of the learning rate after its warm-up, over max_steps."""
     warmup_steps: int = 0
@@ -96,6 +141,27 @@ class Config:
     """AdamW's decay of the mean of squared gradients, in [0, 1)."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this 2-norm; 0 leaves them alone."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name in ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "num_iterations"):
+            require(self, name, getattr(self, name) >= 1, "at least 1")
+        for name in ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm"):
+            require(self, name, getattr(self, name) >= 0, "at least 0")
+        for name in ("adam_beta1", "adam_beta2"):
+            require(self, name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        steps, accumulated = self.steps_per_generation, self.gradient_accumulation_steps
+        require(
+            self,
+            "steps_per_generation",
+            steps is None or (steps >= 1 and steps % accumulated == 0),
+            f"a positive multiple of gradient_accumulation_steps={accumulated}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """Rewards, advantages and the loss."""
 
     loss_type: LossType = "dapo"
     """Denominator of the loss: grpo (tokens of the sequence), dr_grpo (max_completion_length), dapo and cispo (tokens
@@ -130,18 +196,36 @@ class Config:
     """Tokens before max_completion_length over which a penalty falls from 0 to -1, added to the reward; 0: no penalty.
     DAPO: 4096 of 20480."""
 
-    dynamic_sampling: bool = False
-    """Drop groups whose rewards are all equal and sample further prompts until the batch is full (DAPO)."""
-    max_generation_batches: int = 10
-    """Rounds of sampling at most for one batch of dynamic_sampling, >= 2; then dropped groups fill it up. DAPO: 10."""
-    importance_sampling_correction: bool = False
-    """Weigh tokens by trainer's / sampler's probability: for a sampler with other numerics or older weights."""
-    importance_sampling_mode: ImportanceSamplingMode = "sequence_mask"
-    """One such weight per token or per sequence; outside its bounds it is clipped (truncate) or set to 0 (mask)."""
-    importance_sampling_clip_max: float | None = 3.0
-    """Upper bound of the weight, > 0; None: none."""
-    importance_sampling_clip_min: float | None = None
-    """Lower bound of the weight, >= 0 and below importance_sampling_clip_max; None: none."""
+    def __post_init__(self) -> None:
+        check_fields(self)
+        require(self, "epsilon", 0 < self.epsilon < 1, "in (0, 1)")
+        require(self, "beta", self.beta >= 0, "at least 0")
+        if self.loss_type == "cispo":
+            ceiling = "the ceiling of the weight, at least 1, for loss_type=cispo (ScaleRL: 5.0)"
+            require(self, "epsilon_high", self.epsilon_high is not None and self.epsilon_high >= 1, ceiling)
+            require(self, "delta", self.delta is None, "None for loss_type=cispo, which does not use it")
+        else:
+            require(self, "epsilon_high", self.epsilon_high is None or self.epsilon_high > 0, "above 0, or None")
+            bound = 1 + (self.epsilon if self.epsilon_high is None else self.epsilon_high)
+            valid = self.delta is None or self.delta > bound
+            require(self, "delta", valid, f"above 1 + epsilon_high = {bound}, or None")
+        require(
+            self,
+            "scale_rewards",
+            self.credit != "rloo" or self.scale_rewards != "batch",
+            "none for credit=rloo, which does not divide (the default, group, is ignored)",
+        )
+        require(
+            self,
+            "kl_estimator",
+            self.kl_estimator != "k1" or self.use_bias_correction_kl,
+            "k2 or k3 for use_bias_correction_kl=False: the gradient of k1 alone has expectation zero",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forward:
+    """How the model is run."""
 
     shared_prefix: bool = True
     """Encode each shared prefix once. False: the plain forward on every row, for comparison; losses are the same."""
@@ -155,91 +239,34 @@ class Config:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     seed: int = 42
-    """Seed of sampling, data order and everything else random."""
+    """Seed of sampling, data order and everything else random, in [0, 2^63)."""
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name in ("max_steps", "max_completion_length", "gradient_accumulation_steps", "num_iterations"):
-            require(self, name, getattr(self, name) >= 1, "at least 1")
-        for name in ("learning_rate", "weight_decay", "max_grad_norm", "beta"):
-            require(self, name, getattr(self, name) >= 0, "at least 0")
-        for name in ("warmup_steps", "top_k", "compare_every"):
-            require(self, name, getattr(self, name) >= 0, "at least 0")
-        for name in ("adam_beta1", "adam_beta2"):
-            require(self, name, 0 <= getattr(self, name) < 1, "in [0, 1)")
-        require(self, "num_generations", self.num_generations >= 2, "at least 2: advantages compare within a group")
-        require(self, "temperature", self.temperature > 0, "above 0")
-        require(self, "top_p", 0 < self.top_p <= 1, "in (0, 1]")
-        size = self.per_device_train_batch_size
+        require(self, "max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1, or None")
+        require(self, "compare_every", self.compare_every >= 0, "at least 0")
+        require(self, "seed", 0 <= self.seed < 2**63, "in [0, 2^63)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Forward, Loss, Optimiser, Sampling):  # the last base has the first fields
+    """Options of `Trainer`. Where TRL 1.16's `GRPOConfig` has the concept, name and meaning are TRL's."""
+
+    def __post_init__(self) -> None:
+        for group in (Sampling, Optimiser, Loss, Forward):
+            group.__post_init__(self)
         require(
             self,
             "per_device_train_batch_size",
-            size >= 1 and size % self.num_generations == 0,
+            self.per_device_train_batch_size % self.num_generations == 0,
             f"a positive multiple of num_generations={self.num_generations}: it counts completions, and groups stay "
             "whole",
-        )
-        require(
-            self,
-            "steps_per_generation",
-            self.steps_per_generation is None
-            or (self.steps_per_generation >= 1 and self.steps_per_generation % self.gradient_accumulation_steps == 0),
-            f"a positive multiple of gradient_accumulation_steps={self.gradient_accumulation_steps}",
-        )
-        require(self, "epsilon", 0 < self.epsilon < 1, "in (0, 1)")
-        if self.loss_type == "cispo":
-            require(
-                self,
-                "epsilon_high",
-                self.epsilon_high is not None and self.epsilon_high >= 1,
-                "the ceiling of the weight, at least 1, for loss_type=cispo (ScaleRL: 5.0)",
-            )
-            require(self, "delta", self.delta is None, "None for loss_type=cispo, which does not use it")
-        else:
-            require(self, "epsilon_high", self.epsilon_high is None or self.epsilon_high > 0, "above 0, or None")
-            high = self.epsilon if self.epsilon_high is None else self.epsilon_high
-            require(
-                self,
-                "delta",
-                self.delta is None or self.delta > 1 + high,
-                f"above 1 + epsilon_high = {1 + high}, or None",
-            )
-        require(self, "max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1, or None")
-        require(
-            self,
-            "scale_rewards",
-            self.credit != "rloo" or self.scale_rewards != "batch",
-            "none for credit=rloo, which does not divide (the default, group, is ignored)",
-        )
-        require(
-            self,
-            "kl_estimator",
-            self.kl_estimator != "k1" or self.use_bias_correction_kl,
-            "k2 or k3 for use_bias_correction_kl=False: the gradient of k1 alone has expectation zero",
         )
         require(
             self,
             "soft_punish_cache",
             0 <= self.soft_punish_cache <= self.max_completion_length,
             f"in [0, max_completion_length={self.max_completion_length}]",
-        )
-        require(self, "max_generation_batches", self.max_generation_batches >= 2, "at least 2: one draws nothing anew")
-        self._check_importance_sampling_bounds()
-
-    def _check_importance_sampling_bounds(self) -> None:
-        low, high = self.importance_sampling_clip_min, self.importance_sampling_clip_max
-        require(self, "importance_sampling_clip_max", high is None or high > 0, "above 0, or None")
-        require(self, "importance_sampling_clip_min", low is None or low >= 0, "at least 0, or None")
-        require(
-            self,
-            "importance_sampling_clip_min",
-            low is None or high is None or low < high,
-            f"below importance_sampling_clip_max={high}",
-        )
-        require(
-            self,
-            "importance_sampling_mode",
-            low is not None or high is not None or self.importance_sampling_mode.endswith("_mask"),
-            "token_mask or sequence_mask without importance_sampling_clip_max and importance_sampling_clip_min",
         )
 
     @property
