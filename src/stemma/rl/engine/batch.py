@@ -11,7 +11,7 @@ checkpoints) is common. Each place is a plain callable:
 A callable that is an object may also have `state_dict` and `load_state_dict` (saved and restored with the trainer),
 `on_evaluate(metrics)` (called after each evaluation) and `metrics(batch)` (numbers to log with each generation).
 
-Shapes: ``N`` sequences, ``T`` padded completion length. Rows of a group are contiguous, in the order of the prompts.
+Shapes: `N` sequences, `T` padded completion length. Rows of a group are contiguous, in the order of the prompts.
 """
 
 from collections.abc import Callable, Sequence

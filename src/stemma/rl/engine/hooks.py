@@ -1,10 +1,10 @@
 """The hooks of the trainer, where a method plugs in, the default of each, and the run that a method joins.
 
-A method's file in `stemma.rl` offers ``hooks(config, run) -> dict``: keyword arguments of the trainer for the method's
+A method's file in `stemma.rl` offers `hooks(config, run) -> dict`: keyword arguments of the trainer for the method's
 `Config` and a `Run`. That is all: the command line finds it by its place. Its `Config` may also have
 
-- ``defaults``, a mapping: what the run's own options are where the user says nothing;
-- ``needs``, a tuple of `Need`: what the run must have besides its prompts.
+- `defaults`, a mapping: what the run's own options are where the user says nothing;
+- `needs`, a tuple of `Need`: what the run must have besides its prompts.
 """
 
 import math
@@ -47,14 +47,14 @@ __all__ = [
 
 
 Row = Mapping[str, Any]
-"""One prompt: its token ids under ``prompt_ids``, beside them whatever the reward functions want to know. Where the
-prompt ends with the beginning of an answer, ``prefix_ids`` holds that tail of ``prompt_ids``: reward functions get it
+"""One prompt: its token ids under `prompt_ids`, beside them whatever the reward functions want to know. Where the
+prompt ends with the beginning of an answer, `prefix_ids` holds that tail of `prompt_ids`: reward functions get it
 as the beginning of the completion."""
 
 
 Reward = Callable[..., Sequence[float | None]]
-"""``f(prompts, completions, completion_ids, **columns)`` -> one reward per completion, None where it cannot be scored;
-TRL's signature. ``prompts`` and ``completions`` are texts, ``columns`` the other entries of the rows."""
+"""`f(prompts, completions, completion_ids, **columns)` -> one reward per completion, None where it cannot be scored;
+TRL's signature. `prompts` and `completions` are texts, `columns` the other entries of the rows."""
 
 
 class PromptSource(Protocol):
@@ -96,7 +96,7 @@ class Rollout(Protocol):
 
 
 class Credit(Protocol):
-    """Advantages. A credit that builds on another one keeps it as its attribute ``credit``."""
+    """Advantages. A credit that builds on another one keeps it as its attribute `credit`."""
 
     def __call__(self, batch: RolloutBatch, /) -> Tensor:
         """(N,) or (N, T) advantages of a batch whose rewards are known; 0 where the reward is NaN."""
@@ -104,8 +104,8 @@ class Credit(Protocol):
 
 
 class LossMask(Protocol):
-    """Which tokens are trained on. An attribute ``needs_entropies = True`` makes the trainer fill `batch.entropies`
-    first; a method ``normaliser(batch)`` gives the (N, T) bool tokens that denominators of the loss count instead."""
+    """Which tokens are trained on. An attribute `needs_entropies = True` makes the trainer fill `batch.entropies`
+    first; a method `normaliser(batch)` gives the (N, T) bool tokens that denominators of the loss count instead."""
 
     def __call__(self, batch: RolloutBatch, step: int, /) -> Tensor:
         """(N, T) bool; the trainer takes its intersection with `completion_mask`. `step`: optimiser steps so far."""
@@ -116,7 +116,7 @@ Need = Literal["demonstrations", "traces", "evaluation"]
 """What a method may ask of a run: `demonstration_ids` in its rows, verified solutions, evaluations while it trains."""
 
 IsBoundary = Callable[[Sequence[int], int], bool]
-"""``is_boundary(token_ids, cut)``: whether the beginning of a solution may end before position ``cut``."""
+"""`is_boundary(token_ids, cut)`: whether the beginning of a solution may end before position `cut`."""
 
 
 @dataclass(frozen=True, kw_only=True)
