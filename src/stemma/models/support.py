@@ -98,7 +98,7 @@ def refuse_adapters_of_rows(model: nn.Module) -> None:
         raise UnsupportedModelError(
             f"{type(model).__name__} has an adapter of learned tokens ({type(config).__name__}), which peft puts in "
             "front of every row by itself, so rows cannot share a prefix. Use an adapter of weights such as LoRA, "
-            "convert prefix tuning (stemma.tune.ntk_attention), or use the model's own generate."
+            "convert prefix tuning (see stemma.tune), or use the model's own generate."
         )
     for module in model.modules():
         variants = module.__dict__.get("lora_variant") or {}
