@@ -5,7 +5,7 @@ from torch import nn
 import stemma
 from rollout_reference import EOS, PROMPTS, VOCAB, forward_alone, make, sample_alone
 from stemma.census import build
-from stemma.decode.rollout import generate_groups
+from stemma.decode.rollout import LocalGenerator, generate_groups
 from stemma.decode.sampling import TokenSampler
 from stemma.errors import InvalidBatchError, UnsupportedModelError
 from stemma.models.tiny import tiny_model
@@ -109,6 +109,18 @@ def test_end_of_sequence_is_kept_and_flagged():
     endless = generate_groups(model, PROMPTS, num_generations=1, max_new_tokens=6, eos_token_id=None, seed=0)
     assert [len(group[0]) for group in endless.completions] == [6] * 4
     assert endless.finished == [[False]] * 4
+
+
+def test_a_temperature_is_enough():
+    model = make("llama")
+    end, call = most_common_token(model), {"num_generations": 1, "max_new_tokens": 12, "seed": 0}
+    told = LocalGenerator(eos_token_id=end, temperature=0.0)(model, PROMPTS, **call)
+    assert [True] in told.finished
+    model.generation_config.eos_token_id = [end]
+    own = LocalGenerator(temperature=0.0)(model, PROMPTS, **call)
+    assert (own.completions, own.finished) == (told.completions, told.finished)
+    model.generation_config.eos_token_id = None
+    assert LocalGenerator(temperature=0.0)(model, PROMPTS, **call).finished == [[False]] * len(PROMPTS)
 
 
 def test_seed_decides_everything_and_batching_nothing():

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from stemma.decode.sampling import StopCondition, TokenSampler
 from stemma.errors import InvalidBatchError
 from stemma.models.limits import check_prompts, vocabulary_size
 from stemma.models.support import refuse_adapters_of_rows
-from stemma.models.tokens import as_id_list
+from stemma.models.tokens import as_id_list, end_token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -91,7 +91,7 @@ class Generator(Protocol):
 class LocalGenerator:
     """Samples from the model itself, with `generate_groups`; the attributes are its options of the same names."""
 
-    eos_token_id: int | Sequence[int] | None
+    eos_token_id: int | Sequence[int] | Literal["model"] | None = "model"
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -134,7 +134,7 @@ def generate_groups(
     *,
     num_generations: int,
     max_new_tokens: int,
-    eos_token_id: int | Sequence[int] | None,
+    eos_token_id: int | Sequence[int] | Literal["model"] | None = "model",
     pad_token_id: int = 0,
     temperature: float = 1.0,
     top_p: float = 1.0,
@@ -155,13 +155,14 @@ def generate_groups(
         prompts: B non-empty lists of token ids, of any lengths.
         num_generations: continuations per prompt (G).
         max_new_tokens: a row is cut off after so many tokens, forced ones included.
-        eos_token_id: the id (or ids) that ends a row; None lets every row run to `max_new_tokens`.
+        eos_token_id: the id (or ids) that ends a row; "model" for those of the model's generation config and of the
+            tokenizer, if one is given; None lets every row run to `max_new_tokens`.
         pad_token_id: id that fills the left of shorter prompts; it is masked, so any id of the vocabulary will do.
         temperature: divides the logits; 0 takes the most likely token.
         top_p: sample from the smallest set of most likely tokens whose probability reaches `top_p`, in (0, 1].
         top_k: sample from the `top_k` most likely tokens; 0 means all.
         stop_strings: a row ends with the token that completes one of them in its sampled text.
-        tokenizer: the model's, with `stop_strings`.
+        tokenizer: the model's, needed with `stop_strings`.
         forced: B lists of G lists of token ids, which the continuations begin with. An end-of-sequence token among
             them ends its row there, and what follows it is dropped.
         seed: decides every random choice together with the index of the row. With B seeds, one for each prompt, the
@@ -181,7 +182,7 @@ def generate_groups(
     refuse_adapters_of_rows(model)
     prompt_ids = [[int(token) for token in prompt] for prompt in prompts]
     check_prompts(model, prompt_ids, max_new_tokens)
-    eos_ids = as_id_list(eos_token_id)
+    eos_ids = end_token_ids(model, tokenizer) if eos_token_id == "model" else as_id_list(eos_token_id)
     stop = StopCondition(eos_ids, stop_strings, tokenizer)
     forced_ids = checked_forced(
         forced, len(prompt_ids), num_generations, max_new_tokens, eos_ids, vocabulary_size(model)
