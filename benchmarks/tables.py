@@ -123,7 +123,7 @@ def headline(results: Results) -> str:
         autograd keeps for the backward pass; for samples, keys and values. Largest difference of a gradient to that of
         each sequence alone, in float64: {scientific(results.error("gradient_error", "float64"))} relative."""
     )
-    return f"{table(['', 'compared with', 'faster', 'MiB'], body)}\n\n{note}"
+    return f"{table(['', 'compared with', 'speed-up', 'MiB'], body)}\n\n{note}"
 
 
 def threads_text(threads: int) -> str:

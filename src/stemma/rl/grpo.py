@@ -10,7 +10,7 @@ Source: "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Lang
 variants Dr. GRPO (2503.20783), DAPO (2503.14476), GSPO (2507.18071), CISPO (2506.13585), RLOO (2402.14740), see
 `stemma.rl.engine.losses` and `dynamic_sampling`; Prefix Grouper (2506.05433) for encoding the prompt once.
 
-No `run`: it is the baseline of this room's reproductions, and benchmarks/speed.py measures what sharing saves.
+No `run`: it is the baseline of the other methods' reproductions, and benchmarks/speed.py measures what sharing saves.
 
 What we changed: the denominators of every loss but bnpo are those of the whole optimiser batch over all processes, so
 accumulation and process count do not change the loss; a group is never split between micro-batches or processes;
