@@ -38,7 +38,7 @@ NAMES = {
 # Command -> its options, in the order of its class (`--json` is common to all).
 COMMANDS: dict[str, tuple[str, ...]] = {
     "base-model": ("cache_dir", "quick"),
-    "check": ("model", "random_init", "sequences", "dtype", "device", "seed"),
+    "check": ("model", "random_init", "sequences", "dtype", "device", "repeats", "seed"),
     "collect": (
         *("model", "dataset", "output", "resume", "limit", "samples_per_round", "max_samples", "temperature"),
         *("max_completion_length", "shots", "sft_steps", "eval_prompts", "seed"),

@@ -4,8 +4,10 @@ __all__ = [
     "InvalidBatchError",
     "InvalidDataError",
     "MissingExtraError",
+    "NonFiniteError",
     "OutputError",
     "ServerError",
+    "StateChangedError",
     "StemmaError",
     "UnsupportedModelError",
 ]
@@ -19,6 +21,10 @@ class UnsupportedModelError(StemmaError, ValueError):
     """The model, or a setting of it, cannot be computed exactly over a shared prefix."""
 
 
+class NonFiniteError(StemmaError, FloatingPointError):
+    """A model's logits are NaN or infinite."""
+
+
 class InvalidBatchError(StemmaError, ValueError):
     """Sequences, masks, token ids or lengths that do not make a batch."""
 
@@ -29,6 +35,10 @@ class InvalidDataError(StemmaError, ValueError):
 
 class OutputError(StemmaError, OSError):
     """An output cannot be written, or another process is writing it."""
+
+
+class StateChangedError(StemmaError, RuntimeError):
+    """A model changed between a forward and the backward that computes it again."""
 
 
 class ServerError(StemmaError, RuntimeError):

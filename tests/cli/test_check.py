@@ -36,10 +36,12 @@ def test_a_saved_model_agrees_with_itself(folder: Path, capsys: pytest.CaptureFi
     report = json.loads(captured.out)
     assert report["ok"] is True
     assert report["exit_status"] == 0
-    assert 0 <= report["max_logprob_difference"] <= report["logprob_tolerance"]
-    assert 0 < report["max_gradient_difference"] <= report["gradient_tolerance"]
+    assert report["reference"] == "float64"
+    for kind in ("logprob", "gradient"):
+        assert 0 < report[f"{kind}_error"] <= report["margin"] * report[f"plain_{kind}_error"] < 1e-3
     assert report["unique_tokens"] < report["total_tokens"]
-    assert "verdict" in captured.err
+    assert "exact to rounding: as close to float64 as the plain one" in captured.err
+    assert "8 sequences of 2560 tokens, 1024 distinct: 3 plain passes forward and backward, 2 shared" in captured.err
 
 
 def test_a_config_is_enough_with_random_init(folder: Path, batch: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,7 +55,7 @@ def test_a_failed_comparison_is_exit_status_1(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = stemma.check
-    monkeypatch.setattr(stemma, "check", lambda *given: replace(right(*given), max_logprob_difference=0.5))
+    monkeypatch.setattr(stemma, "check", lambda *given, **options: replace(right(*given, **options), logprob_error=0.5))
     assert main(["check", str(folder)]) == 1
     assert "NOT EXACT" in capsys.readouterr().out
 

@@ -22,9 +22,10 @@ def generated(model, prefix):
     return stemma.generate(model, None, [[3, 4], [3, 9, 11]], max_new_tokens=4, prefix=prefix).token_ids
 
 
-def past_the_count(model):
-    for parameter in model.parameters():
-        parameter.data.mul_(-1.3)
+def written(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(-1.3)
 
 
 def other_memory(model):
@@ -33,7 +34,7 @@ def other_memory(model):
 
 
 CHANGES = {
-    "weights past torch's count": past_the_count,
+    "weights": written,
     "other memory": other_memory,
     "rounded": lambda model: model.bfloat16().double(),
     "a buffer": lambda model: model.model.rotary_emb.inv_freq.mul_(0.3),

@@ -24,14 +24,12 @@ def replace(model, tensor):
 
 CHANGES = {
     "a counted write": lambda m: weight(m).detach().add_(1),
-    "a write past the count": lambda m: weight(m).data.mul_(2),
     "other memory": lambda m: replace(m, weight(m).data.clone()),
     "another precision": lambda m: m.to(torch.bfloat16),
     "another parameter": lambda m: setattr(
         m.model.layers[1].mlp.up_proj, "weight", torch.nn.Parameter(weight(m).detach())
     ),
     "a buffer": lambda m: m.model.rotary_emb.inv_freq.mul_(2),
-    "a buffer past the count": lambda m: m.model.rotary_emb.inv_freq.data.mul_(2),
     "another buffer": lambda m: m.model.rotary_emb.register_buffer(
         "inv_freq", m.model.rotary_emb.inv_freq.clone(), persistent=False
     ),
@@ -48,27 +46,11 @@ def test_changes_are_seen(change):
     assert weights_state(model) != before
 
 
-def test_the_first_value_and_some_behind_it_are_looked_at():
+def test_writes_past_the_count_are_not_seen_as_autograd_does_not_see_them():
     model = llama()
-    flat = weight(model).data.flatten()
-    for place in (0, slice(100, 100 + flat.numel() // 15)):
-        before = weights_state(model)
-        flat[place] += 1
-        assert weights_state(model) != before
     before = weights_state(model)
-    flat[1] += 1  # between two of those looked at
+    weight(model).data.mul_(2)
     assert weights_state(model) == before
-
-
-def test_tensors_without_a_count():
-    with torch.inference_mode():
-        model = llama()
-    state = weights_state(model)
-    assert state == weights_state(model)
-    with torch.inference_mode():
-        assert state == weights_state(model)
-        weight(model).mul_(2)
-    assert state != weights_state(model)
 
 
 def test_tensors_of_every_kind():
@@ -76,24 +58,18 @@ def test_tensors_of_every_kind():
     tensors = {
         "none": torch.zeros(0),
         "one": torch.ones(()),
-        "bits": torch.ones(40, dtype=torch.bool),
         "eight": torch.ones(40).to(torch.float8_e4m3fn),
-        "turned": torch.ones(6, 8).T,
-        "gaps": torch.ones(6, 8)[:, ::3],
-        "shared": torch.ones(1, 3).expand(5, 3),
-        "complex": torch.ones(3, dtype=torch.complex64),
-        "nan": torch.full((3,), float("nan")),
         "meta": torch.ones(3, device="meta"),
     }
     for name, tensor in tensors.items():
         module.register_buffer(name, tensor)
     module.register_buffer("empty", None)
+    with torch.inference_mode():
+        module.register_buffer("uncounted", torch.ones(3))
     before = weights_state(module)
     assert weights_state(module) == before
-    for name in ("one", "bits", "eight", "turned", "gaps", "complex"):
-        tensors[name].data.zero_()
-        assert weights_state(module) != before, name
-        before = weights_state(module)
+    tensors["one"].zero_()
+    assert weights_state(module) != before
 
 
 @pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])

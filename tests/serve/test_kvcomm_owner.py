@@ -71,9 +71,7 @@ def test_an_answer_of_another_model_is_refused_but_where_its_tokens_are_enough()
 
 CHANGES = {
     "counted": lambda m: m.model.layers[0].self_attn.k_proj.weight.mul_(2),
-    "past the count": lambda m: m.model.layers[0].self_attn.k_proj.weight.data.mul_(2),
     "a buffer": lambda m: m.model.rotary_emb.inv_freq.mul_(0.5),
-    "a buffer past the count": lambda m: m.model.rotary_emb.inv_freq.data.mul_(0.5),
 }
 
 

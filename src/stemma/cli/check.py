@@ -30,9 +30,11 @@ class Config:
     sequences: Path | None = None
     """JSONL file of token ids, one sequence or one group of a prompt and its completions on each line."""
     dtype: Literal["float64", "float32", "bfloat16", "float16"] = "float32"
-    """Type of the weights. In bfloat16 and float16 both computations round, so larger differences are allowed."""
+    """Type of the weights. Sharing is to be as close to a higher precision as the plain computation is."""
     device: str = "auto"
     """Where to compute: auto (CUDA when there is one), cpu, cuda, cuda:1 and so on."""
+    repeats: int = 1
+    """Timed passes of each computation; besides, each runs once, and the plain one once more in a higher precision."""
     seed: int = 0
     """Seed of the fresh weights of --random-init."""
 
@@ -49,7 +51,7 @@ def main(config: Config) -> dict[str, Any]:
     )
     if batch is not None:
         batch.check(model)
-    report = stemma.check(model, None if batch is None else batch.tree())
+    report = stemma.check(model, None if batch is None else batch.tree(), repeats=config.repeats, progress=True)
     print(report)
     status = 0 if report.ok else 1
     return {"model": config.model, **dataclasses.asdict(report), "ok": report.ok, "exit_status": status}

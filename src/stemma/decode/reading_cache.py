@@ -23,8 +23,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from stemma.errors import InvalidBatchError, UnsupportedModelError
 from stemma.models.adapter import base_model, is_enabled
 from stemma.models.masks import mask_is_for
-from stemma.models.support import refuse_adapters_of_rows
-from stemma.scoring.forward import check_model
+from stemma.scoring.refusals import check_model
 
 __all__ = ["RowsCache", "check_decodes"]
 
@@ -94,7 +93,6 @@ def check_decodes(model: nn.Module) -> None:
             row, or drops its caches for gradient checkpointing.
     """
     check_model(model)
-    refuse_adapters_of_rows(model)
     if any(module.training and getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise UnsupportedModelError(
             "gradient checkpointing is on in train mode, where transformers' layers drop their cache; call "

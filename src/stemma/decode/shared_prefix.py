@@ -22,13 +22,13 @@ from stemma.files import replacing
 from stemma.models.adapter import LAYOUT_ARGUMENT, TreeCall, base_model, tree_call
 from stemma.models.fingerprint import active_adapters, fingerprint
 from stemma.models.limits import check_batch, check_lengths
-from stemma.models.support import refuse_adapters_of_rows
 from stemma.models.weights_state import weights_state
 from stemma.prefix.layout import Layout
 from stemma.prefix.parts import Part, partition
 from stemma.prefix.radix import as_ids
 from stemma.prefix.tree import PrefixTree
-from stemma.scoring.forward import check_calls, check_model
+from stemma.scoring.forward import check_calls
+from stemma.scoring.refusals import check_model
 
 __all__ = ["SharedPrefix", "encode_tree"]
 
@@ -115,7 +115,6 @@ class SharedPrefix:
     @torch.no_grad()
     def _encode(cls, model: Any, above: "SharedPrefix | None", ids: Any, max_tokens: int | None) -> "SharedPrefix":
         check_model(model)
-        refuse_adapters_of_rows(model)
         new = as_ids(ids, "the prefix")
         if new.size == 0:
             raise InvalidBatchError("a prefix needs at least one token.")

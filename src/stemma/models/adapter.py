@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -48,9 +49,11 @@ __all__ = [
     "TreeCall",
     "base_model",
     "implementations",
+    "input_device",
     "is_enabled",
     "register",
     "tree_call",
+    "uncompiled",
 ]
 
 LAYOUT_ARGUMENT = "stemma_call"
@@ -115,6 +118,20 @@ def base_model(model: nn.Module) -> PreTrainedModel:
                 "language model, plain or wrapped by PEFT, DDP or FSDP."
             )
     return inner
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """What :func:`torch.compile` was given: tree calls and hooks are nothing that a compiled forward could run."""
+    while isinstance(model, OptimizedModule):
+        model = model._orig_mod
+    return model
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """The device for token ids: where the embedding runs, which for offloaded weights is not where they lie."""
+    embedding = base_model(model).get_input_embeddings()
+    runs_on = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)  # of accelerate
+    return embedding.weight.device if runs_on is None else torch.device(runs_on)
 
 
 def is_enabled(model: nn.Module) -> bool:

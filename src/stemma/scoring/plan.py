@@ -9,16 +9,14 @@ from typing import Any, Literal
 
 import numpy as np
 from torch import nn
-from torch.distributed.tensor import DTensor
 
-from stemma.errors import UnsupportedModelError
 from stemma.models.adapter import base_model, is_enabled
 from stemma.models.limits import check_batch, dynamic_rope_limit, model_shape
 from stemma.models.support import refuse_by_structure
 from stemma.prefix.economy import Economy, economy
-from stemma.prefix.parts import partition, plain_rows
+from stemma.prefix.parts import partition, plain_rows, walk
 from stemma.prefix.tree import PrefixTree
-from stemma.scoring.forward import check_model
+from stemma.scoring.refusals import check_model, check_streaming
 
 __all__ = ["WORTH_IT", "Mode", "Plan", "choose_mode", "explain"]
 
@@ -106,8 +104,7 @@ def explain(model: nn.Module, tree: PrefixTree, *, max_tokens: int | None = None
         UnsupportedModelError: the model cannot run over a tree.
         ValueError: ``max_tokens`` below 1.
     """
-    if max_tokens is not None and max_tokens < 1:
-        raise ValueError(f"max_tokens must be at least 1, got {max_tokens}.")
+    _check_budget(max_tokens)
     inner = base_model(model)
     tested = is_enabled(model) and not any(parameter.is_meta for parameter in inner.parameters())
     if not tested:
@@ -129,9 +126,9 @@ def explain(model: nn.Module, tree: PrefixTree, *, max_tokens: int | None = None
             + (f" ({cost.token_ratio:.2f} without its padding)" if cost.padded_tokens > cost.total_tokens else "")
             + f"; FLOPs bound the speed-up at {cost.flops_ratio:.2f}."
         ]
-        if max_tokens is not None and tree.unique_tokens > max_tokens:
+        if max_tokens is not None and _exceeds(tree, max_tokens):
             mode = "streamed"
-            parts = _count(partition(tree, max_tokens))
+            parts = sum(enters for _, enters in walk(partition(tree, max_tokens)))
             rows, tokens = _split(tree, max_tokens)
             reasons.append(
                 f"{tree.unique_tokens} tokens exceed max_tokens={max_tokens}, so the tree runs part by part. Split "
@@ -168,8 +165,13 @@ def _split(tree: PrefixTree, max_tokens: int) -> tuple[int, int]:
     return len(rows), tokens
 
 
-def _count(parts: list[Any]) -> int:
-    return sum(1 + _count(part.below) for part in parts)
+def _check_budget(max_tokens: int | None) -> None:
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"max_tokens must be at least 1, got {max_tokens}.")
+
+
+def _exceeds(tree: PrefixTree, max_tokens: int | None) -> bool:
+    return max_tokens is not None and tree.unique_tokens > max_tokens
 
 
 Mode = Literal["auto", "shared", "plain"]
@@ -179,35 +181,14 @@ def choose_mode(model: nn.Module, tree: PrefixTree, mode: Mode, max_tokens: int 
     """ "shared", "streamed" or "plain" for a call of :func:`score`, after refusing what cannot be computed."""
     if mode not in ("auto", "shared", "plain"):
         raise ValueError(f"mode must be 'auto', 'shared' or 'plain', got {mode!r}.")
+    _check_budget(max_tokens)
     check_batch(model, tree)
     if mode == "plain":
         return "plain"
     check_model(model)
-    plan = explain(model, tree, max_tokens=max_tokens)
-    chosen = plan.mode
-    if mode == "shared" and chosen == "plain":
-        chosen = "streamed" if max_tokens is not None and tree.unique_tokens > max_tokens else "shared"
-    if chosen == "streamed":
-        _refuse_streaming(model, tree)
-    return chosen
-
-
-def _refuse_streaming(model: nn.Module, tree: PrefixTree) -> None:
-    """Streaming runs forward and backward several times in one step, each rank as often as its own tree asks."""
-    limit = dynamic_rope_limit(model)
-    if limit is not None and tree.max_length > limit:
-        raise UnsupportedModelError(
-            f"The model's rotary frequencies change for calls that reach beyond {limit} tokens (dynamic or longrope "
-            f"scaling), so the parts of a streamed tree of up to {tree.max_length} tokens would not fit together. "
-            "Raise max_tokens until the tree fits one call."
-        )
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        raise UnsupportedModelError(
-            "A streamed tree makes another number of forward calls on each rank, and a sharded model (FSDP, tensor "
-            "parallel) needs the same number everywhere. Raise max_tokens, or give each rank fewer sequences."
-        )
-    if isinstance(model, nn.parallel.DistributedDataParallel) and model.require_backward_grad_sync:
-        raise UnsupportedModelError(
-            "A streamed tree runs backward several times, and DistributedDataParallel would reduce gradients each "
-            "time. Call it inside model.no_sync() and reduce the gradients afterwards, or raise max_tokens."
-        )
+    if mode == "auto" and economy(tree, model_shape(base_model(model))).flops_ratio < WORTH_IT:
+        return "plain"
+    if not _exceeds(tree, max_tokens):
+        return "shared"
+    check_streaming(model, tree)
+    return "streamed"

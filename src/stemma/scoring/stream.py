@@ -19,8 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stemma.errors import UnsupportedModelError
-from stemma.prefix.parts import Part, partition
+from stemma.errors import StateChangedError, UnsupportedModelError
+from stemma.models.fingerprint import active_adapters
+from stemma.models.weights_state import weights_state
+from stemma.prefix.parts import Part, partition, walk
 from stemma.prefix.tree import PrefixTree
 from stemma.scoring.forward import ForwardSettings, Targets, tree_forward
 from stemma.scoring.scores import Scores, make_scores, scalar_loss
@@ -39,6 +41,15 @@ class _Result:
     entropies: Tensor | None
 
 
+@dataclass(eq=False)
+class _Frame:
+    """A part that has run forward: what its backward starts from, and what the parts below it attend to."""
+
+    outputs: list[Tensor]
+    leaves: list[Tensor]
+    below: Context
+
+
 def _walk(
     model: nn.Module,
     tree: PrefixTree,
@@ -46,41 +57,73 @@ def _walk(
     settings: ForwardSettings,
     parts: list[Part],
     consume: Callable[[Part, list[_Result]], None],
-    context: Context,
-    path: list[_Result],
 ) -> None:
     """Forward each part, let ``consume`` use its scores, walk below it, then back-propagate through it."""
-    for part in parts:
-        logprobs, entropies, _, call = tree_forward(
-            model, tree, targets, settings, begin=part.begin, end=part.end, context=context, capture=bool(part.below)
-        )
-        result = _Result(
-            targets.between(part.begin, part.end),
-            _leaf(logprobs),
-            None if entropies is None else _leaf(entropies),
-        )
-        path.append(result)
-        consume(part, path)
-        outputs: list[Tensor] = [logprobs] if entropies is None else [logprobs, entropies]
-        leaves: list[Tensor] = [result.logprobs] if result.entropies is None else [result.logprobs, result.entropies]
-        if part.below:
-            if torch.is_grad_enabled() and call.hidden_graph:
-                raise UnsupportedModelError(
-                    "Streaming needs the graph of the prefix's keys and values, which reentrant activation "
-                    "checkpointing hides: use gradient_checkpointing_kwargs={'use_reentrant': False}."
-                )
-            below: Context = {}
-            for module, pair in call.captured.items():
-                cut = (_leaf(pair[0]), _leaf(pair[1]))
-                below[module] = cut
-                outputs += pair
-                leaves += cut
-            _walk(model, tree, targets, settings, part.below, consume, below, path)
+    state = _state(model)
+    path: list[_Result] = []
+    frames: list[_Frame] = []
+    for part, enters in walk(parts):
+        if enters:
+            _refuse_changes(model, state)
+            frame, result = _forward(model, tree, targets, settings, part, frames[-1].below if frames else {})
+            frames.append(frame)
+            path.append(result)
+            consume(part, path)
+            continue
         path.pop()
-        ends = zip(outputs, leaves, strict=True)
-        used = [(out, leaf.grad) for out, leaf in ends if out.requires_grad and leaf.grad is not None]
-        if used:
-            torch.autograd.backward([out for out, _ in used], [grad for _, grad in used])
+        _backward(frames.pop())
+
+
+def _forward(
+    model: nn.Module, tree: PrefixTree, targets: Targets, settings: ForwardSettings, part: Part, context: Context
+) -> tuple[_Frame, _Result]:
+    logprobs, entropies, _, call = tree_forward(
+        model, tree, targets, settings, begin=part.begin, end=part.end, context=context, capture=bool(part.below)
+    )
+    result = _Result(
+        targets.between(part.begin, part.end), _leaf(logprobs), None if entropies is None else _leaf(entropies)
+    )
+    frame = _Frame([logprobs], [result.logprobs], {})
+    if entropies is not None and result.entropies is not None:
+        frame.outputs.append(entropies)
+        frame.leaves.append(result.entropies)
+    if part.below:
+        if torch.is_grad_enabled() and call.hidden_graph:
+            raise UnsupportedModelError(
+                "Streaming needs the graph of the prefix's keys and values, which reentrant activation "
+                "checkpointing hides: use gradient_checkpointing_kwargs={'use_reentrant': False}."
+            )
+        for module, pair in call.captured.items():
+            cut = frame.below[module] = (_leaf(pair[0]), _leaf(pair[1]))
+            frame.outputs += pair
+            frame.leaves += cut
+    return frame, result
+
+
+def _backward(frame: _Frame) -> None:
+    ends = zip(frame.outputs, frame.leaves, strict=True)
+    used = [(out, leaf.grad) for out, leaf in ends if out.requires_grad and leaf.grad is not None]
+    if used:
+        torch.autograd.backward([out for out, _ in used], [grad for _, grad in used])
+
+
+def _state(model: nn.Module) -> tuple[object, ...]:
+    """What a second forward must find as the first one did."""
+    return weights_state(model), active_adapters(model), tuple(module.training for module in model.modules())
+
+
+def _refuse_changes(model: nn.Module, state: tuple[object, ...]) -> None:
+    """As autograd refuses a backward through tensors that were written to."""
+    now = _state(model)
+    if now == state:
+        return
+    names = ("weights or buffers", "active adapters", "training mode")
+    changed = [name for name, before, after in zip(names, state, now, strict=True) if before != after]
+    raise StateChangedError(
+        f"The model's {' and '.join(changed)} changed between the parts of a streamed forward and backward, so the "
+        "gradients would belong to no model. Call backward() before the optimizer steps or an adapter is switched, or "
+        "use stemma.backward, which does both in one call."
+    )
 
 
 def _leaf(tensor: Tensor) -> Tensor:
@@ -128,7 +171,7 @@ def streamed_backward(
         value.backward()
         total.append(value.detach())
 
-    _walk(model, tree, targets, settings, partition(tree, max_tokens), consume, {}, [])
+    _walk(model, tree, targets, settings, partition(tree, max_tokens), consume)
     return torch.stack(total).sum(), kept.scores(tree)
 
 
@@ -140,13 +183,14 @@ def streamed_scores(model: nn.Module, tree: PrefixTree, settings: ForwardSetting
     parts = partition(tree, max_tokens)
     kept = _TargetBuffer(targets, settings)
     with torch.no_grad():
-        _walk(model, tree, targets, settings, parts, lambda _, path: kept.store(path[-1]), {}, [])
+        _walk(model, tree, targets, settings, parts, lambda _, path: kept.store(path[-1]))
     logprobs, entropies = kept.values()
     if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters()):
         # Autograd runs the replay only for a result that depends on something with a gradient.
         anchor = torch.zeros((), device=logprobs.device, requires_grad=True)
         device = logprobs.device.type
         dtype, autocast = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        state = _state(model)
 
         def replay(grad_logprobs: Tensor, grad_entropies: Tensor | None) -> None:
             def consume(_: Part, path: list[_Result]) -> None:
@@ -155,9 +199,10 @@ def streamed_scores(model: nn.Module, tree: PrefixTree, settings: ForwardSetting
                 if result.entropies is not None and grad_entropies is not None:
                     result.entropies.grad = grad_entropies[result.targets]
 
+            _refuse_changes(model, state)
             # The backward runs outside the caller's autocast; the second forward must be the first one again.
             with torch.enable_grad(), torch.autocast(device, dtype=dtype, enabled=autocast):
-                _walk(model, tree, targets, settings, parts, consume, {}, [])
+                _walk(model, tree, targets, settings, parts, consume)
 
         logprobs, replayed = _Replay.apply(anchor, logprobs, entropies, replay)
         entropies = replayed if settings.entropy else None

@@ -1,0 +1,153 @@
+"""What would make a shared forward differ from each sequence alone, refused before any work.
+
+A prefix is computed once for all sequences below it, so nothing in the model may depend on the row that a token stands
+in: no random numbers, no adapter that looks at the whole row.
+"""
+
+import re
+import warnings
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
+from torch.distributed.tensor import DTensor
+from torch.nn.modules.dropout import _DropoutNd
+from transformers import PreTrainedModel
+
+from stemma.errors import UnsupportedModelError
+from stemma.models.adapter import base_model, input_device, is_enabled, uncompiled
+from stemma.models.limits import dynamic_rope_limit, vocabulary_size
+from stemma.models.support import refuse_adapters_of_rows
+from stemma.prefix.tree import PrefixTree
+
+__all__ = ["check_model", "check_streaming"]
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse what a shared prefix cannot have: no ``enable``, random numbers, adapters that look at the row.
+
+    Raises:
+        UnsupportedModelError: says what is in the way.
+    """
+    model, inner = uncompiled(model), base_model(model)
+    if not is_enabled(model):
+        raise UnsupportedModelError(
+            f"{type(inner).__name__} has not been enabled for shared prefixes; call stemma.enable(model) first. "
+            '(stemma.score and stemma.backward do without it in mode="plain".)'
+        )
+    if getattr(inner.config, "output_attentions", False):
+        raise UnsupportedModelError(
+            "config.output_attentions asks for attention weights, which tree attention never forms. "
+            'Set it to False. (stemma.score and stemma.backward leave it alone in mode="plain".)'
+        )
+    if input_device(model).type == "meta":
+        raise UnsupportedModelError(
+            f"The weights of {type(inner).__name__} are on the meta device, so nothing can be computed with them. Load "
+            "them; stemma.explain does without."
+        )
+    refuse_adapters_of_rows(model)
+    modes, hooks = [], 0
+    for module in model.modules():
+        modes.append(module.training)
+        hooks += len(module._forward_hooks) + len(module._forward_pre_hooks)
+        if isinstance(module, OptimizedModule) or module.__dict__.get("_compiled_call_impl") is not None:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} is a compiled part of the model, and a compiled part cannot run over a "
+                "prefix tree. Compile the whole model with torch.compile(model), which scoring looks behind, or "
+                "nothing."
+            )
+    if any(modes):
+        _refuse_randomness(model, inner, (tuple(modes), hooks))
+
+
+# ---------------------------------------------------------------------- random numbers in training mode
+
+_RANDOM = re.compile("drop|jitter|noise")
+
+_repeatable: WeakKeyDictionary[nn.Module, object] = WeakKeyDictionary()
+"""The modes and hooks with which two forwards of a model agreed."""
+
+
+def _refuse_randomness(model: nn.Module, inner: PreTrainedModel, state: object) -> None:
+    """Refuse what is drawn once for a shared prefix and again and again for repeated ones."""
+    for module in model.modules():
+        if isinstance(module, _DropoutNd) and module.training and module.p > 0:
+            name = next(name for name, found in model.named_modules() if found is module)
+            raise UnsupportedModelError(
+                f"Active dropout {module.p} in '{name}': a shared prefix would be dropped once where repeated prefixes "
+                "are dropped differently each time. Set the dropout to 0 (lora_dropout=0 for LoRA), or call "
+                "model.eval()."
+            )
+    embedding = inner.get_input_embeddings()
+    if embedding.training and getattr(embedding, "neftune_noise_alpha", None):
+        raise UnsupportedModelError(
+            "neftune_noise_alpha adds noise to the embeddings, which a shared prefix would get once where repeated "
+            "prefixes get other noise each time. Leave it unset, or call model.eval()."
+        )
+    config = inner.config.get_text_config()
+    settings = {name: value for name, value in vars(config).items() if _RANDOM.search(name) and _is_positive(value)}
+    if "layerdrop" in settings or "router_jitter_noise" in settings or not _repeats(inner, state):
+        named = ", ".join(f"{name}={value}" for name, value in sorted(settings.items()))
+        raise UnsupportedModelError(
+            f"{type(inner).__name__} draws random numbers in training mode"
+            f"{f' (its config has {named})' if named else ''}: a shared prefix would be drawn for once where repeated "
+            "prefixes are drawn for each time. Set dropout, jitter and noise to 0, or call model.eval()."
+        )
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+
+
+def _repeats(inner: PreTrainedModel, state: object) -> bool:
+    """Whether two forwards of a short row agree whatever the random numbers are; asked once for each state."""
+    if _repeatable.get(inner) == state:
+        return True
+    if any(isinstance(p, DTensor) or p.numel() == 0 for p in inner.parameters()):
+        return True  # sharded: forwards of its own would have to happen on every rank
+    device = input_device(inner)
+    ids = torch.arange(3, 19, device=device)[None] % vocabulary_size(inner)
+    cuda = [device] if device.type == "cuda" else []
+
+    def logits(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        found: Tensor = inner(input_ids=ids, use_cache=False).logits
+        return found.double()
+
+    with torch.no_grad(), torch.random.fork_rng(cuda), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # activation checkpointing finds no gradient
+        first, again, other = (logits(seed) for seed in (0, 0, 1))
+    # On an accelerator sums may be in another order each time.
+    if bool((first - other).abs().max() > 10 * (first - again).abs().max()):
+        return False
+    _repeatable[inner] = state
+    return True
+
+
+# ---------------------------------------------------------------------- streaming
+
+
+def check_streaming(model: nn.Module, tree: PrefixTree) -> None:
+    """Refuse to stream: forward and backward run several times in one step, on each rank as often as its tree asks.
+
+    Raises:
+        UnsupportedModelError: says what is in the way.
+    """
+    limit = dynamic_rope_limit(model)
+    if limit is not None and tree.max_length > limit:
+        raise UnsupportedModelError(
+            f"The model's rotary frequencies change for calls that reach beyond {limit} tokens (dynamic or longrope "
+            f"scaling), so the parts of a streamed tree of up to {tree.max_length} tokens would not fit together. "
+            "Raise max_tokens until the tree fits one call."
+        )
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise UnsupportedModelError(
+            "A streamed tree makes another number of forward calls on each rank, and a sharded model (FSDP, tensor "
+            "parallel) needs the same number everywhere. Raise max_tokens, or give each rank fewer sequences."
+        )
+    if isinstance(model, nn.parallel.DistributedDataParallel) and model.require_backward_grad_sync:
+        raise UnsupportedModelError(
+            "A streamed tree runs backward several times, and DistributedDataParallel would reduce gradients each "
+            "time. Call it inside model.no_sync() and reduce the gradients afterwards, or raise max_tokens."
+        )
