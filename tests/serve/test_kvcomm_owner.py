@@ -111,7 +111,7 @@ def test_a_bias_of_the_router_belongs_to_the_model():
     agent = comm_of(model).agent("reader", TEMPLATE)
     agent.prefill({"document": TEXT})
     (bias,) = [buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
-    bias.data.add_(torch.arange(bias.numel()).flip(0))
+    bias.add_(torch.arange(bias.numel()).flip(0))
     with pytest.raises(InvalidBatchError, match="another weights"):
         agent.prefill({"document": TEXT})
 
