@@ -120,8 +120,8 @@ def _shared(
     order: tuple[Tensor, Tensor] | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Answers `(rows, n, heads, head_dim)` and `(rows, n, heads)` of the shared segments; log-sum-exp -inf where
-    no segment holds the query."""
+    """Partial attention `(rows, n, heads, head_dim)`, `(rows, n, heads)` over the shared segments; its log-sum-exp is
+    -inf where no segment holds the query."""
     rows, heads, new, dim = query.shape
     group, count = heads // key_heads, rows * new
     # (key heads, rows, tokens, group, dim): the queries of a run of rows are consecutive.

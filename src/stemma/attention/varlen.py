@@ -44,7 +44,7 @@ class Call:
     causal: bool
     """Each segment is a causal square, else a full rectangle."""
     first: bool
-    """Answers are stored, not merged."""
+    """Outputs are stored, not merged."""
 
 
 class Kernel(NamedTuple):

@@ -5,7 +5,7 @@ Every module beside this one that does not start with an underscore is a sub-com
 - a module docstring, whose first line is the summary in `stemma --help`;
 - `Config`, a frozen dataclass: its fields are the flags, the string under each field is the flag's help (see `_flags`);
 - where options depend on each other, `config_class(given)`: the class for the options that were given;
-- `main(config) -> dict | int`: prints for people, returns what `--json` prints (a dict; its optional key
+- `main(config) -> dict | int`: prints text, returns what `--json` prints (a dict; its optional key
   `exit_status` is the process's exit status) or a bare exit status.
 
 Summaries are read from the source without importing it, so `stemma --help` and a mistyped command cost milliseconds.

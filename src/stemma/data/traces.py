@@ -4,7 +4,7 @@
      "tokens": 4711, "flops": 1.9e12, "columns": {"answer": "72"}}
 
 `trace_ids` are what the model emitted, end-of-sequence token included, and never pass through text again; `text` is the
-same decoded, for people and as a check that the tokenizer is the one that made the ids. A problem that was given up has
+same decoded, to read and as a check that the tokenizer is the one that made the ids. A problem that was given up has
 no `trace_ids` and `verified` false, so that a resumed collection does not try it again. Only `prompt_ids`, `trace_ids`
 and `verified` are required: the file may as well come from another model.
 """

@@ -97,7 +97,7 @@ def _is_item(value: Any) -> bool:
 
 
 def without_padding(rows: Tensor, pad: int, ends: Sequence[int]) -> list[Tensor]:
-    """The rows of a tensor ``(B, L)`` of ids without the padding on their left, which is told as transformers tells it.
+    """The rows of a tensor `(B, L)` of ids without the padding on their left, which is told as transformers tells it.
 
     Raises:
         InvalidBatchError: padding on the right, or such that could be end-of-sequence tokens.
@@ -126,7 +126,7 @@ def without_padding(rows: Tensor, pad: int, ends: Sequence[int]) -> list[Tensor]
 
 
 def pad_left(rows: Sequence[Sequence[int] | np.ndarray], pad: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """Rows padded on the left, and the mask of their tokens, both ``(B, L)`` int64."""
+    """Rows padded on the left, and the mask of their tokens, both `(B, L)` int64."""
     longest = max(map(len, rows))
     ids = torch.full((len(rows), longest), pad, dtype=torch.int64)
     lengths = torch.tensor([len(row) for row in rows])

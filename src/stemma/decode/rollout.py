@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["Forced", "Generator", "LocalGenerator", "Rollouts", "check_counts", "checked_forced", "generate_groups"]
 
 Forced = Sequence[Sequence[Sequence[int]]]
-"""``forced[b][g]``: token ids that continuation ``g`` of prompt ``b`` begins with."""
+"""`forced[b][g]`: token ids that continuation `g` of prompt `b` begins with."""
 
 
 @dataclass(frozen=True, slots=True)

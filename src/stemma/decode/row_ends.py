@@ -36,7 +36,7 @@ class RowEnds(StoppingCriteria):
         return ended
 
     def cut(self, sequences: Tensor, prompt_length: int) -> list[list[int]]:
-        """The new tokens of each row of ``(rows, length)``, the one that ended it included."""
+        """The new tokens of each row of `(rows, length)`, the one that ended it included."""
         rows = sequences.tolist()
         if self.num_beams > 1:
             ends = [self._end_of(tuple(row), prompt_length) for row in rows]

@@ -6,15 +6,15 @@ keeps a prompt from being encoded again for each of them.
 
 Dialects:
 
-- ``vllm`` (0.11 or newer): ``POST /v1/completions`` with ``return_token_ids``. vLLM reports log-probabilities before
-  temperature unless it was started with ``--logprobs-mode processed_logprobs``; another temperature than 1 (or 0)
+- `vllm` (0.11 or newer): `POST /v1/completions` with `return_token_ids`. vLLM reports log-probabilities before
+  temperature unless it was started with `--logprobs-mode processed_logprobs`; another temperature than 1 (or 0)
   therefore needs that, and `processed_logprobs=True` to say so.
-- ``sglang``: its own ``POST /generate``. Seeds count only with ``--enable-deterministic-inference``. Its
-  log-probabilities are those at the sampling temperature, unless ``SGLANG_RETURN_ORIGINAL_LOGPROB`` is set for it.
+- `sglang`: its own `POST /generate`. Seeds count only with `--enable-deterministic-inference`. Its
+  log-probabilities are those at the sampling temperature, unless `SGLANG_RETURN_ORIGINAL_LOGPROB` is set for it.
 
-With ``weights="sync"`` the server gets the policy's weights before it samples: they are written to a folder that the
-server can read too, which it is told to load: SGLang by ``/update_weights_from_disk``, vLLM by ``/collective_rpc`` with
-``reload_weights`` (a version in which that takes ``weights_path``, started with ``VLLM_SERVER_DEV_MODE=1``).
+With `weights="sync"` the server gets the policy's weights before it samples: they are written to a folder that the
+server can read too, which it is told to load: SGLang by `/update_weights_from_disk`, vLLM by `/collective_rpc` with
+`reload_weights` (a version in which that takes `weights_path`, started with `VLLM_SERVER_DEV_MODE=1`).
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class ServerGenerator:
     of this process, so `prefilled_tokens` and `decoded_tokens` are 0.
 
     Attributes:
-        url: root of the server, such as ``http://localhost:8000``.
+        url: root of the server, such as `http://localhost:8000`.
         weights: "sync" sends the weights to the server whenever they have changed; "fixed" leaves it with those that it
             has. Samples of weights that lag behind are off-policy: train on them with importance correction only.
         eos_token_id: the id (or ids) that ends a row; None lets every row run to its end. SGLang also ends rows at the
@@ -81,7 +81,7 @@ class ServerGenerator:
         model: name of the model on a vLLM server that serves several.
         temperature, top_p, top_k: as in `generate_groups`.
         stop_strings: a row ends with the token that completes one of them.
-        processed_logprobs: the vLLM server was started with ``--logprobs-mode processed_logprobs``, which reports
+        processed_logprobs: the vLLM server was started with `--logprobs-mode processed_logprobs`, which reports
             log-probabilities after temperature, `top_k` and `top_p`.
         api_key: sent as bearer token.
         timeout: seconds that a request may take.

@@ -1,7 +1,7 @@
-"""Attention of one layer under the signature of transformers: what is refused, who watches, and learned prefixes.
+"""Attention of one layer under the signature of transformers: what is refused, what records it, and learned prefixes.
 
-An attention module may have a sub-module named :data:`KERNEL_PREFIX`, which attends to a learned prefix that has
-no keys. Wherever the registered implementation of :mod:`stemma.models.adapter` computes that
+An attention module may have a sub-module named `KERNEL_PREFIX`, which attends to a learned prefix that has
+no keys. Wherever the registered implementation of `stemma.models.adapter` computes that
 module's attention, the two are merged.
 """
 
@@ -31,7 +31,7 @@ __all__ = [
 
 KERNEL_PREFIX = "kernel_prefix"
 """Name of the sub-module of an attention module that attends to a prefix: called with queries and scale, it returns an
-output and a log-sum-exp, which are merged with the layer's attention, or None. Its ``active`` says what it depends on
+output and a log-sum-exp, which are merged with the layer's attention, or None. Its `active` says what it depends on
 besides its parameters."""
 
 _HARMLESS = {"position_ids", "cache_position", "num_items_in_batch", "shift_labels"}
@@ -46,7 +46,7 @@ _observer: ContextVar[Observer | None] = ContextVar("stemma_attention_observer",
 
 @contextmanager
 def observed_attention(observer: Observer) -> Iterator[None]:
-    """Let ``observer`` see every attention call of enabled models that is neither a tree's nor a cache's."""
+    """Let `observer` see every attention call of enabled models that is neither a tree's nor a cache's."""
     token = _observer.set(observer)
     try:
         yield
@@ -72,8 +72,8 @@ def scale_of(query: Tensor, scaling: float | None) -> float:
 
 
 def prefix_attention(module: nn.Module, query: Tensor, scaling: float | None) -> tuple[Tensor, Tensor] | None:
-    """Attention over the module's learned prefix, ``(rows, heads, n, value_dim)``, and its log-sum-exp ``(rows, heads,
-    n)``; None where there is none."""
+    """Attention over the module's learned prefix, `(rows, heads, n, value_dim)`, and its log-sum-exp `(rows, heads,
+    n)`; None where there is none."""
     prefix: Any = module._modules.get(KERNEL_PREFIX)  # where there is none, getattr costs as much as a small product
     found: tuple[Tensor, Tensor] | None = None if prefix is None else prefix(query, scale_of(query, scaling))
     return found
@@ -94,7 +94,7 @@ def attention_with_prefix(
     is_causal: bool | None = None,
     **others: Any,
 ) -> Tensor:
-    """Attention under a dense mask, merged with what :func:`prefix_attention` gave; ``(rows, n, heads, value_dim)``."""
+    """Attention under a dense mask, merged with what `prefix_attention` gave; `(rows, n, heads, value_dim)`."""
     where = layer_name(module)
     refuse_other_attention(where, module, **others)
     if "attentions" in (_active_collector.get() or ()):

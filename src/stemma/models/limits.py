@@ -28,7 +28,7 @@ def vocabulary_size(model: nn.Module) -> int:
 
 
 def max_positions(model: nn.Module) -> int | None:
-    """Most tokens of a sequence (``max_position_embeddings``), None where the config says no limit."""
+    """Most tokens of a sequence (`max_position_embeddings`), None where the config says no limit."""
     limit = getattr(base_model(model).config.get_text_config(), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
 

@@ -1,7 +1,7 @@
 """Markers that stand in a mask's place, and what a mask function of transformers says about visibility.
 
 Masks are made outside the layers. Where Stemma computes a layer's attention, on a tree call or over a cache of shared
-prefixes, the mask function returns a :class:`Mask`, which travels to the layers and tells each its window.
+prefixes, the mask function returns a `Mask`, which travels to the layers and tells each its window.
 """
 
 from contextvars import ContextVar
@@ -18,7 +18,7 @@ class ReadingCache(Protocol):
     """A cache that computes attention itself, as its keys and values do not lie in one tensor."""
 
     def check_mask(self, attention_mask: Tensor | None, new_tokens: int) -> tuple[int, int]:
-        """Refuse a mask ``(rows, columns)`` bool of real tokens that does not fit; return the longest row, and the
+        """Refuse a mask `(rows, columns)` bool of real tokens that does not fit; return the longest row, and the
         padding left of it."""
         ...
 
@@ -35,8 +35,8 @@ class ReadingCache(Protocol):
         sinks: Tensor | None,
         partial: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Attention ``(rows, tokens, heads, value_dim)`` of new tokens, whose keys and values are taken in, merged with
-        attention over a learned prefix (``(rows, heads, tokens, value_dim)`` and its log-sum-exp)."""
+        """Attention `(rows, tokens, heads, value_dim)` of new tokens, whose keys and values are taken in, merged with
+        attention over a learned prefix (`(rows, heads, tokens, value_dim)` and its log-sum-exp)."""
         ...
 
 
@@ -58,12 +58,12 @@ asked_cache: ContextVar[tuple[ReadingCache, int, int] | None] = ContextVar("stem
 
 
 def mask_is_for(cache: ReadingCache, length: int, new_tokens: int) -> None:
-    """Note that the next mask, of ``new_tokens`` rows and ``length`` columns, will be for attention over ``cache``."""
+    """Note that the next mask, of `new_tokens` rows and `length` columns, will be for attention over `cache`."""
     asked_cache.set((cache, length, new_tokens))
 
 
 def probe(mask_function: Any, length: int, row: int = 0, first: int = 0) -> Mask:
-    """The sliding window of an index-based mask function on ``length`` tokens behind ``first`` columns of padding in a
+    """The sliding window of an index-based mask function on `length` tokens behind `first` columns of padding in a
     row of the batch, or why it has none."""
     keys = torch.arange(length)
     zero, batch = torch.zeros((), dtype=torch.int64), torch.tensor(row)

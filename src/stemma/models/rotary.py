@@ -40,7 +40,7 @@ class LayerRotation:
     """What one layer of a cache does with positions."""
 
     frequencies: Tensor | None
-    """``(R,)`` float64 radians per position of each pair; None where nothing is rotated."""
+    """`(R,)` float64 radians per position of each pair; None where nothing is rotated."""
     interleaved: bool = False
     first: int = 0
     """First rotated channel."""
@@ -48,8 +48,8 @@ class LayerRotation:
     """What of the cache is rotated; "value" in latent attention, which keeps its rotary part there."""
 
     def move(self, states: KeyValues, offset: int | Tensor) -> KeyValues:
-        """Keys and values ``(..., T, D)`` as they would be ``offset`` positions further; see
-        :func:`stemma.attention.rotary.rotate`."""
+        """Keys and values `(..., T, D)` as they would be `offset` positions further; see
+        `stemma.attention.rotary.rotate`."""
         if self.frequencies is None:
             return states
         turned = rotate(
@@ -67,7 +67,7 @@ class Rotations:
     """Largest relative difference of a layer in the probe."""
 
     def move(self, states: Sequence[KeyValues], offset: int | Tensor) -> tuple[KeyValues, ...]:
-        """A run of tokens, all layers, ``offset`` positions further."""
+        """A run of tokens, all layers, `offset` positions further."""
         return tuple(layer.move(pair, offset) for layer, pair in zip(self.layers, states, strict=True))
 
 
@@ -77,7 +77,7 @@ def plain_cache(states: Sequence[KeyValues] = ()) -> DynamicCache:
 
 
 def cached_states(cache: DynamicCache, begin: int = 0, end: int | None = None) -> tuple[KeyValues, ...]:
-    """Views of what a cache holds of the tokens ``[begin, end)``, layer by layer, without layers that hold nothing."""
+    """Views of what a cache holds of the tokens `[begin, end)`, layer by layer, without layers that hold nothing."""
     held = [(layer.keys, layer.values) for layer in cache.layers if isinstance(layer, DynamicLayer)]
     pairs = [(key, value) for key, value in held if key is not None and value is not None]
     return tuple(KeyValues(key[:, :, begin:end], value[:, :, begin:end]) for key, value in pairs)
@@ -98,7 +98,7 @@ def encode(
         ids: at least one.
         above: states of the tokens before; they are not written.
         start: position of the first new token; the number of tokens before when None.
-        cache: an empty one to fill, in place of a plain one behind ``above``.
+        cache: an empty one to fill, in place of a plain one behind `above`.
 
     Returns:
         The cache of all tokens.
@@ -207,7 +207,7 @@ def _of_layer(
 
 
 def _difference(x: Tensor, y: Tensor) -> float:
-    """Relative difference of the median token ``(..., T, D)``: rounding may send single tokens to other experts."""
+    """Relative difference of the median token `(..., T, D)`: rounding may send single tokens to other experts."""
     by_token = [z.double().movedim(-2, 0).flatten(1).norm(dim=1) for z in (x.double() - y.double(), y)]
     return float((by_token[0] / by_token[1].clamp_min(1e-30)).median())
 

@@ -59,7 +59,7 @@ def refuse_unsuitable(model: PreTrainedModel) -> None:
 def refuse_by_structure(model: nn.Module) -> None:
     """Refuse what config and modules show, without a forward: for models whose self-test has not run.
 
-    A model that passes is not known to be exact; only the self-test and :func:`stemma.check` compare numbers.
+    A model that passes is not known to be exact; only the self-test and `stemma.check` compare numbers.
 
     Raises:
         UnsupportedModelError: names the model type and the reason.

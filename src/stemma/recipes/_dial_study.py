@@ -1,4 +1,4 @@
-"""What the reproductions of this room share: DialLock, the policies they start from, a training run and its account.
+"""What the reproductions of RL methods share: DialLock, the policies they start from, a training run and its account.
 
 Every run of a reproduction starts from the same policy, samples the same number of tokens (`Study.budget`; a run ends
 with the step that reaches it) and is evaluated on the same held-out problems without prefixes, with the same random
@@ -29,7 +29,7 @@ from stemma.train.seeds import stream_seed
 __all__ = ["QUICK_BASE", "BasePolicy", "Study", "Task", "hard_study", "plain_rows"]
 
 Hooks = Callable[[Run], Mapping[str, Any]]
-"""``hooks(run)``: what a method plugs into the trainer."""
+"""`hooks(run)`: what a method plugs into the trainer."""
 
 _COMPARE_EVERY = 20  # optimiser steps between two comparisons of the shared with the plain forward
 
@@ -181,7 +181,7 @@ class Study:
         )
 
     def about(self) -> dict[str, Any]:
-        """The setting, for people."""
+        """The setting, as the report shows it."""
         task, base, config = self.task, self.base, self.trainer
         groups = config.per_device_train_batch_size // config.num_generations
         few = "" if task.num_problems is None else f", {task.num_problems} of them to train on"

@@ -54,7 +54,7 @@ class Report:
     Args:
         name: the method's name.
         title: heading.
-        about: facts of the setting, for people.
+        about: facts of the setting, as shown.
         budget: sampled tokens over which the area under a curve is taken; None: it is not.
 
     Raises:

@@ -37,7 +37,7 @@ def sign_flip(values: Sequence[float], threshold: float = 0.0) -> float:
     Exact up to 32 values; of more, 65,535 draws of signs and what was measured.
 
     Returns:
-        At least ``2 ** -len(values)``; NaN where a value is not finite.
+        At least `2 ** -len(values)`; NaN where a value is not finite.
 
     Raises:
         ValueError: there is no value.

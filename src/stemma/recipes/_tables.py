@@ -82,7 +82,7 @@ def claims_table(rows: Sequence[Mapping[str, Any]]) -> str:
 def notes(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The paragraphs of `NAME.md` beside this file, what to know before reading the tables of a reproduction.
 
-    They hold no result: ``{METHOD | METRIC}`` stands for a measured value, or for "not measured".
+    They hold no result: `{METHOD | METRIC}` stands for a measured value, or for "not measured".
     """
     path = Path(__file__).with_name(f"{name}.md")
     if not path.exists():

@@ -58,11 +58,11 @@ class Examples:
     """Rows of one length (that of all kinds of a task): a context and what is asked behind it."""
 
     context: Tensor
-    """``(rows, C)``."""
+    """`(rows, C)`."""
     question: Tensor
-    """``(rows, Q)``."""
+    """`(rows, Q)`."""
     labels: Tensor
-    """``(rows, Q)``: the answer to predict *at* a token of the question, or -100."""
+    """`(rows, Q)`: the answer to predict *at* a token of the question, or -100."""
     kind: str
 
 

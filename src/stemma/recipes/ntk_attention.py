@@ -153,7 +153,7 @@ def approximation_error(map_: FeatureMap | None, length: int, seed: int) -> floa
 
 
 def _costs(setting: Setting) -> dict[str, Any]:
-    """CPU time, floating-point operations and bytes of one head's answer to 64 queries of size 32."""
+    """CPU time, floating-point operations and bytes of one head's attention for 64 queries of size 32."""
     query = torch.randn(64, 32)
 
     def timed(function: Callable[[], Any]) -> dict[str, Any]:
@@ -197,7 +197,7 @@ def _costs(setting: Setting) -> dict[str, Any]:
 
 
 def _rows(base: BaseModel | GivenModel, split: Any, setting: Setting) -> Tensor:
-    """Rows of text to evaluate on, ``(rows, 128)``."""
+    """Rows of text to evaluate on, `(rows, 128)`."""
     if isinstance(base, GivenModel):
         return base.rows(split, setting.evaluated if split == "test" else setting.evaluated // 4 or 1, 128)
     return text_rows(reference_texts(split), setting.evaluated, 128)
@@ -313,7 +313,7 @@ class _Report(Report):
                 self.claim(name, words, gains, "the error falls with the length of the prefix")
 
     def costs(self, found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
-        """Time, operations and bytes of an answer."""
+        """Time, operations and bytes of one head's attention."""
         for name, metrics in found.items():
             for metric, value in metrics.items():
                 self.record(name, metric, **{key: one for key, one in value.items() if key != "times"})

@@ -107,7 +107,7 @@ class Config:
 
 
 def retained_lengths(lengths: Tensor, eta: float) -> Tensor:
-    """Tokens retained of outputs of the given lengths (N,): ``floor(eta * length)``, at least one where there is one.
+    """Tokens retained of outputs of the given lengths (N,): `floor(eta * length)`, at least one where there is one.
 
     Raises:
         ValueError: `eta` outside (0, 1].
@@ -147,7 +147,7 @@ class PrefixRetention:
     """The rollout: outputs, how much of each is retained, and continuations of what is retained.
 
     The retained share `eta` grows by `eta_step` after `eta_patience` evaluations in a row without a new best
-    ``eval/reward``, up to `eta_max`; an evaluation that could score nothing (NaN) does not count.
+    `eval/reward`, up to `eta_max`; an evaluation that could score nothing (NaN) does not count.
     """
 
     def __init__(self, config: Config) -> None:
@@ -248,7 +248,7 @@ def reference_accumulated_reward(
 
 
 def accumulated_reward(reward: Tensor, continuation_reward: Tensor, row: Tensor, num_continuations: int) -> Tensor:
-    """Continuation accumulated reward ``R_i = r_i + sum_j r(c_ij)``.
+    """Continuation accumulated reward `R_i = r_i + sum_j r(c_ij)`.
 
     Args:
         reward: (N,) float, of the outputs; NaN where unscorable.
@@ -257,7 +257,7 @@ def accumulated_reward(reward: Tensor, continuation_reward: Tensor, row: Tensor,
         num_continuations: C.
 
     Returns:
-        (N,): ``1 + C`` times the mean of the scorable rewards of output and continuations, which is their sum when all
+        (N,): `1 + C` times the mean of the scorable rewards of output and continuations, which is their sum when all
         are there; NaN when none is. An output without continuations counts as its own.
     """
     values, index = torch.cat([reward, continuation_reward]), torch.cat([torch.arange(len(reward)), row])
@@ -279,7 +279,7 @@ class AccumulatedCredit:
         return self.credit(self._accumulated(batch))
 
     def metrics(self, batch: RolloutBatch) -> dict[str, float]:
-        """The mean accumulated reward per sample (comparable with ``reward``), and what the wrapped credit logs."""
+        """The mean accumulated reward per sample (comparable with `reward`), and what the wrapped credit logs."""
         accumulated = self._accumulated(batch)
         assert accumulated.reward is not None
         mean = accumulated.reward.nanmean().item() / (self.num_continuations + 1)

@@ -114,7 +114,7 @@ def ratio_low(step: int, total_steps: int, *, start: float = 0.95, end: float = 
 
 
 def prefix_length(ratio: float, demonstration_length: int) -> int:
-    """Tokens to force: ``floor(ratio * length)``, and never the last token of the demonstration."""
+    """Tokens to force: `floor(ratio * length)`, and never the last token of the demonstration."""
     # A product such as 0.29 * 100 lies below the integer it means.
     return max(min(math.floor(ratio * demonstration_length + 1e-9), demonstration_length - 1), 0)
 
@@ -253,7 +253,7 @@ def reference_top_entropy(entropies: Tensor, candidates: Tensor, quantile: float
 
 
 def top_entropy(entropies: Tensor, candidates: Tensor, quantile: float, scope: EntropyScope = "batch") -> Tensor:
-    """The candidates with the highest entropies: exactly ``ceil(quantile * n)`` of each pool of n candidates.
+    """The candidates with the highest entropies: exactly `ceil(quantile * n)` of each pool of n candidates.
 
     Args:
         entropies: (N, T) in nats, compared to five decimals, because equal ones (one prefix in two rows) differ by

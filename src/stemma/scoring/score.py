@@ -1,8 +1,8 @@
 """Scoring: log-probabilities and entropies of every sequence of a prefix tree, each shared token encoded once.
 
-``score`` gives a differentiable result. It runs the tree as one packed row when that fits ``max_tokens``, streams it
-when it does not (:mod:`stemma.scoring.stream`), and takes the plain forward where sharing does not pay
-(:mod:`stemma.scoring.plan`).
+`score` gives a differentiable result. It runs the tree as one packed row when that fits `max_tokens`, streams it
+when it does not (`stemma.scoring.stream`), and takes the plain forward where sharing does not pay
+(`stemma.scoring.plan`).
 """
 
 from collections.abc import Callable
@@ -53,7 +53,7 @@ def score(
         entropy: give entropies too.
         aux_loss: give the auxiliary loss of a mixture-of-experts model too, exact for repeated prefixes.
         max_tokens: most tokens in one forward call. A larger tree is streamed: a few more passes over shared prefixes,
-            memory independent of the number of branches. Streamed gradients arrive in ``.grad`` when the result is
+            memory independent of the number of branches. Streamed gradients arrive in `.grad` when the result is
             back-propagated with `.backward()`; `torch.autograd.grad` is not served. `stemma.backward` streams without
             computing the forward twice.
         mode: "auto" plans, "shared" always shares, "plain" runs each sequence alone in a padded batch.

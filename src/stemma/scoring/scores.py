@@ -14,16 +14,16 @@ __all__ = ["Scores", "make_scores", "scalar_loss"]
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """Log-probabilities of the scored tokens of some sequences, flat, sequence by sequence (``S`` tokens)."""
+    """Log-probabilities of the scored tokens of some sequences, flat, sequence by sequence (`S` tokens)."""
 
     logprobs: Tensor
-    """``(S,)`` float32 (float64 for a float64 model): log-probability of each scored token given those before it."""
+    """`(S,)` float32 (float64 for a float64 model): log-probability of each scored token given those before it."""
     entropies: Tensor | None
-    """``(S,)`` entropy in nats of the distribution that each scored token was drawn from, or None."""
+    """`(S,)` entropy in nats of the distribution that each scored token was drawn from, or None."""
     sequence: Tensor
-    """``(S,)`` int64: index of the sequence in the tree."""
+    """`(S,)` int64: index of the sequence in the tree."""
     column: Tensor
-    """``(S,)`` int64: place in a padded result."""
+    """`(S,)` int64: place in a padded result."""
     num_sequences: int
     """Sequences in the whole tree."""
     num_columns: int
@@ -36,13 +36,13 @@ class Scores:
     """"shared", "streamed" or "plain"."""
 
     def padded(self, which: Literal["logprobs", "entropies"] = "logprobs", fill: float = 0.0) -> Tensor:
-        """``(num_sequences, num_columns)``: each value at its sequence and column, ``fill`` elsewhere."""
+        """`(num_sequences, num_columns)`: each value at its sequence and column, `fill` elsewhere."""
         values = self._values(which)
         matrix = values.new_full((self.num_sequences, self.num_columns), fill)
         return matrix.index_put((self.sequence, self.column), values)
 
     def ragged(self, which: Literal["logprobs", "entropies"] = "logprobs") -> list[Tensor]:
-        """One tensor ``(scored tokens,)`` a sequence, empty for sequences that are not among these scores."""
+        """One tensor `(scored tokens,)` a sequence, empty for sequences that are not among these scores."""
         counts = torch.bincount(self.sequence.cpu(), minlength=self.num_sequences).tolist()
         return list(torch.split(self._values(which), counts))
 
@@ -63,7 +63,7 @@ def make_scores(
     forwarded_tokens: int,
     mode: str,
 ) -> Scores:
-    """Scores of ``sequences`` (default: all) from values in flat order."""
+    """Scores of `sequences` (default: all) from values in flat order."""
     sequence = np.repeat(np.arange(tree.num_sequences), tree.lengths)[tree.scored]
     column = tree.column[tree.scored]
     if sequences is not None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from stemma.search.runs import fuse, read_qrels, read_run, write_run
     from stemma.search.sparse import Sparse
 
-# Name -> module, resolved on first use: only who asks for `Dense` or `Sparse` waits for numpy.
+# Name -> module, resolved on first use: only `Dense` and `Sparse` import numpy.
 _PUBLIC = {
     "Corpus": "corpus",
     "Dense": "dense",

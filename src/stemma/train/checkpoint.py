@@ -2,7 +2,7 @@
 
 A checkpoint `checkpoint-000040` holds the model and tokenizer as `save_pretrained` writes them, `training_state.pt`
 (optimiser, schedule, data position, buffered rollouts, random states; tensors and plain data only, read back with
-`weights_only=True`) and `trainer_state.json` for people and tools. It is written under a temporary name and renamed, so
+`weights_only=True`) and `trainer_state.json` to read. It is written under a temporary name and renamed, so
 a directory with the right name is always whole.
 """
 
@@ -46,7 +46,7 @@ def save(
         model: anything with `save_pretrained` (a transformers or peft model).
         processing_class: the tokenizer.
         state: what `load_state` returns later.
-        progress: JSON data for people: phase, step, metrics.
+        progress: JSON data to read: phase, step, metrics.
         save_total_limit: older checkpoints beyond this number are removed; None keeps all.
         weights: see `save_model`.
 

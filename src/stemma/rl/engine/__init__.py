@@ -1,1 +1,1 @@
-"""What the methods of this room share: batch, hooks, rollouts, rewards, advantages, losses, update, trainer."""
+"""What the RL methods share: batch, hooks, rollouts, rewards, advantages, losses, update, trainer."""

@@ -49,7 +49,7 @@ STD_EPSILON = 1e-4  # added to a standard deviation of rewards before dividing, 
 def group_relative(
     rewards: Tensor, group_id: Tensor, *, scale_rewards: ScaleRewards = "group", all_rewards: Tensor | None = None
 ) -> Tensor:
-    """Advantage of each sequence relative to its group: ``A_i = (r_i - mean) / (std + 1e-4)``.
+    """Advantage of each sequence relative to its group: `A_i = (r_i - mean) / (std + 1e-4)`.
 
     Args:
         rewards: (N,) float, NaN where a completion cannot be scored. Such a row gets advantage 0 and does not enter
@@ -91,7 +91,7 @@ def _deviation(rewards: Tensor, group_id: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 def leave_one_out(rewards: Tensor, group_id: Tensor) -> Tensor:
-    """RLOO: ``A_i = r_i - mean of the other rewards of the group``; 0 for a NaN reward or a group with one reward.
+    """RLOO: `A_i = r_i - mean of the other rewards of the group`; 0 for a NaN reward or a group with one reward.
 
     Args:
         rewards: (N,) float, NaN where unscorable.

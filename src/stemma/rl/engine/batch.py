@@ -1,7 +1,7 @@
-"""What the methods of this room share: the batch of rollouts and the four places where a method plugs in.
+"""The batch of rollouts that the trainer and its hooks hand on.
 
 A method is a choice of prompts, rollout, credit and loss mask; everything else (losses, denominators, accumulation,
-checkpoints) is common. Each place is a plain callable:
+checkpoints) is common. Each of the four is a plain callable, typed in `stemma.rl.engine.hooks`:
 
 - `PromptSource`: which prompts to sample from;
 - `Rollout`: completions of those prompts, with a forced beginning where a method wants one;

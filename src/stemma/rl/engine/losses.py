@@ -1,7 +1,7 @@
 """Advantages and losses of group-relative policy optimisation, as pure tensor functions.
 
-Shapes: ``N`` sequences (rows), ``T`` padded completion length. A mask is boolean, true where a completion token counts.
-Formulas and option names follow TRL 1.16's ``GRPOTrainer`` (GRPO, arXiv 2402.03300; Dr. GRPO, arXiv 2503.20783; DAPO,
+Shapes: `N` sequences (rows), `T` padded completion length. A mask is boolean, true where a completion token counts.
+Formulas and option names follow TRL 1.16's `GRPOTrainer` (GRPO, arXiv 2402.03300; Dr. GRPO, arXiv 2503.20783; DAPO,
 arXiv 2503.14476; GSPO, arXiv 2507.18071; CISPO, arXiv 2506.13585; RLOO, arXiv 2402.14740). Two things are changed: the
 denominator of the loss is part of a weight per token that `token_weights` computes **once for the whole optimiser batch
 over all ranks**, so that neither accumulation nor the number of ranks can change the loss; and a ratio per sequence
@@ -43,13 +43,13 @@ def token_weights(
     max_completion_length: int,
     counted: Tensor | None = None,
 ) -> Tensor:
-    """The weight of every token in the loss, denominators included: ``loss = sum(token_loss * weights)``.
+    """The weight of every token in the loss, denominators included: `loss = sum(token_loss * weights)`.
 
     ========== ===================================================================================================
-    grpo       ``mask / (num_sequences * tokens of the row)``: mean over sequences of the mean over their tokens
-    dr_grpo    ``mask / (num_sequences * max_completion_length)``
-    dapo cispo ``mask / num_tokens``: mean over the tokens of the optimiser batch
-    bnpo       ``mask / num_tokens`` too, but its caller passes the tokens of the micro-batch times the number of
+    grpo       `mask / (num_sequences * tokens of the row)`: mean over sequences of the mean over their tokens
+    dr_grpo    `mask / (num_sequences * max_completion_length)`
+    dapo cispo `mask / num_tokens`: mean over the tokens of the optimiser batch
+    bnpo       `mask / num_tokens` too, but its caller passes the tokens of the micro-batch times the number of
                micro-batches: the one loss type whose result depends on the split, kept because TRL has it
     ========== ===================================================================================================
 
@@ -80,30 +80,30 @@ class TokenLoss:
     """Loss of each token before weighting, and what to log about it. Shapes (N, T), or (N, 1) for sequence level."""
 
     loss: Tensor
-    """Clipped policy loss plus ``beta`` times the KL term."""
+    """Clipped policy loss plus `beta` times the KL term."""
     kl: Tensor | None
     """(N, T) KL term that entered the loss (without beta), or None without a reference."""
     clipped_low: Tensor
-    """Bool: ratio below ``1 - epsilon`` with a negative advantage, so this token has no policy gradient."""
+    """Bool: ratio below `1 - epsilon` with a negative advantage, so this token has no policy gradient."""
     clipped_high: Tensor
-    """Bool: ratio above ``1 + epsilon_high`` (cispo: above ``epsilon_high``) with a positive advantage."""
+    """Bool: ratio above `1 + epsilon_high` (cispo: above `epsilon_high`) with a positive advantage."""
 
 
 def kl_estimate(
     logprobs: Tensor, ref_logprobs: Tensor, *, estimator: KLEstimator = "k3", ratio: Tensor | None = None
 ) -> Tensor:
-    """Estimate per token of the KL divergence ``KL(policy || reference)`` from tokens of the policy that sampled.
+    """Estimate per token of the KL divergence `KL(policy || reference)` from tokens of the policy that sampled.
 
-    With ``d = ref_logprobs - logprobs``: k1 ``-d``, k2 ``d^2 / 2``, k3 ``exp(d) - d - 1`` (Schulman 2020,
-    "Approximating KL divergence"). What a loss needs is the right gradient, ``E[-d * grad logprobs]`` over the policy:
+    With `d = ref_logprobs - logprobs`: k1 `-d`, k2 `d^2 / 2`, k3 `exp(d) - d - 1` (Schulman 2020,
+    "Approximating KL divergence"). What a loss needs is the right gradient, `E[-d * grad logprobs]` over the policy:
 
     ==== ===================================================== ===================================================
-         alone, on policy                                      times ``ratio = policy / policy that sampled``
+         alone, on policy                                      times `ratio = policy / policy that sampled`
     ==== ===================================================== ===================================================
-    k1   ``E[grad logprobs]``, which is zero                   right: ``E_old[ratio * k1]`` is the divergence itself
+    k1   `E[grad logprobs]`, which is zero                   right: `E_old[ratio * k1]` is the divergence itself
     k2   right: the derivative of d^2 / 2 is -d grad logprobs  right off policy too, if the ratio is a constant; its
-                                                               own gradient would add ``E[k2 * grad logprobs]``
-    k3   that of KL(reference || policy)                       right: ``E_old[ratio * k3]`` is the divergence itself
+                                                               own gradient would add `E[k2 * grad logprobs]`
+    k3   that of KL(reference || policy)                       right: `E_old[ratio * k3]` is the divergence itself
     ==== ===================================================== ===================================================
 
     Args:
@@ -136,7 +136,7 @@ def importance_weights(
     clip_max: float | None = 3.0,
     clip_min: float | None = None,
 ) -> Tensor:
-    """Constant weights ``exp(logprobs - sampling_logprobs)`` against a sampler that differs from the trainer's policy.
+    """Constant weights `exp(logprobs - sampling_logprobs)` against a sampler that differs from the trainer's policy.
 
     Per token, or per sequence the product over its tokens; "truncate" clips a weight to [clip_min, clip_max] (TIS),
     "mask" sets it to 0 outside (MIS, IcePop).
@@ -180,9 +180,9 @@ def token_loss(
 ) -> TokenLoss:
     """Clipped policy-gradient loss of every token.
 
-    With ``ratio = exp(logprobs - old_logprobs)`` per token, or the exponential of its masked mean per sequence (GSPO):
-    ``loss = -w min(min(ratio, delta) A, clip(ratio, 1 - epsilon, 1 + epsilon_high) A) + beta * kl``; for "cispo"
-    ``loss = -w min(ratio, epsilon_high).detach() A logprobs + beta * kl``. `delta` is the bound that dual clip puts on
+    With `ratio = exp(logprobs - old_logprobs)` per token, or the exponential of its masked mean per sequence (GSPO):
+    `loss = -w min(min(ratio, delta) A, clip(ratio, 1 - epsilon, 1 + epsilon_high) A) + beta * kl`; for "cispo"
+    `loss = -w min(ratio, epsilon_high).detach() A logprobs + beta * kl`. `delta` is the bound that dual clip puts on
     the ratio where A < 0 (c = 3 in arXiv 1912.09729); where A > 0 it lies above the clip and changes nothing.
 
     Args:
@@ -236,8 +236,8 @@ def token_loss(
 
 
 def soft_overlong_punishment(lengths: Tensor, max_completion_length: int, soft_punish_cache: int) -> Tensor:
-    """DAPO's penalty for long completions (arXiv 2503.14476, eq. 13): 0 up to ``max_completion_length -
-    soft_punish_cache`` tokens, from there linearly to -1 at `max_completion_length`, and -1 beyond.
+    """DAPO's penalty for long completions (arXiv 2503.14476, eq. 13): 0 up to `max_completion_length -
+    soft_punish_cache` tokens, from there linearly to -1 at `max_completion_length`, and -1 beyond.
 
     Args:
         lengths: (N,) int, tokens of each completion.

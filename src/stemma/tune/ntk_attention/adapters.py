@@ -34,9 +34,9 @@ class NamedPrefixes(nn.ModuleDict):
     forward."""
 
     chosen: tuple[str, ...] = ()
-    """Names of those that :func:`set_adapter` has chosen."""
+    """Names of those that `set_adapter` has chosen."""
     disabled = False
-    """Whether none of them acts (:func:`disable_adapter`)."""
+    """Whether none of them acts (`disable_adapter`)."""
     read = False
     """Whether attention asked since the attention module was called."""
 
