@@ -14,9 +14,11 @@ from stemma.errors import InvalidDataError
 from stemma.files import write_text
 
 __all__ = [
+    "Norm",
     "Qrels",
     "Run",
     "Scores",
+    "Weights",
     "best",
     "best_rows",
     "fuse",

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from stemma.errors import InvalidDataError, OutputError
 from stemma.files import locked, replacing, write_json
 
-__all__ = ["Store", "nearest", "products"]
+__all__ = ["Array", "Store", "nearest", "products"]
 
 Array = npt.NDArray[Any]
 
