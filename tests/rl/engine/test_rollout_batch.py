@@ -1,6 +1,9 @@
 """The batch of rollouts, the prompt source and the checks on rewards."""
 
+import asyncio
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -120,7 +123,7 @@ def test_reward_functions_get_texts_ids_and_columns_per_completion() -> None:
     assert seen["prompt_ids"] == [[5, 6, 7], [5, 6, 7], [8, 9], [8, 9]]
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), "many", [1.0, 2.0]])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), "many", "1", [1.0, 2.0], 10**400])
 def test_a_reward_that_is_no_number_names_function_and_sample(bad: object) -> None:
     def clumsy(completions: list, **_: object) -> list:
         return [0.0, 0.0, bad, 0.0]
@@ -134,13 +137,49 @@ def test_a_wrong_number_of_rewards_is_refused() -> None:
         score_completions([lambda **_: [0.0] * 3], ROWS, make_batch(), decode)
 
 
-def test_a_raising_reward_names_the_sample_it_fails_on() -> None:
+@pytest.mark.parametrize(
+    "returned", [1.0, torch.tensor(1.0), None, {"reward": [0.0] * 4}, "0000", {0.0, 1.0, 2.0, 3.0}]
+)
+def test_a_reward_that_is_no_list_is_refused_by_type(returned: object) -> None:
+    def wrong(**_: object) -> object:
+        return returned
+
+    kind = type(returned).__name__
+    with pytest.raises(InvalidDataError, match=rf"'wrong' returned a value of type {kind}; return a list of 4 finite"):
+        score_completions([wrong], ROWS, make_batch(), decode)
+
+
+@pytest.mark.parametrize("kind", [tuple, torch.tensor, iter])
+def test_any_series_of_numbers_is_a_reward(kind: Callable[[list[float]], Any]) -> None:
+    assert score_completions([lambda **_: kind([0.0, 1.0, 2.0, True])], ROWS, make_batch(), decode) == [[0, 1, 2, 1]]
+
+
+def test_async_rewards_are_awaited() -> None:
+    """As TRL does; also where the caller's thread runs an event loop of its own, as in a notebook."""
+
+    async def reward(completions: list[str], **_: object) -> list[float]:
+        await asyncio.sleep(0)
+        return [float(len(text)) for text in completions]
+
+    async def notebook() -> list[list[float | None]]:
+        return score_completions([reward], ROWS, make_batch(), decode)
+
+    expected = score_completions([lambda completions, **_: list(map(len, completions))], ROWS, make_batch(), decode)
+    assert score_completions([reward], ROWS, make_batch(), decode) == expected
+    assert asyncio.run(notebook()) == expected
+
+
+def test_a_reward_that_raises_is_called_once_and_named() -> None:
+    calls = []
+
     def fragile(completions: list, **_: object) -> list:
+        calls.append(len(completions))
         return [1 / (len(text) - 5) for text in completions]  # "1-1-1" has five characters
 
-    with pytest.raises(InvalidDataError, match=r"'fragile' raised ZeroDivisionError.*fails on sample 2") as caught:
+    with pytest.raises(InvalidDataError, match=r"'fragile' raised ZeroDivisionError") as caught:
         score_completions([fragile], ROWS, make_batch(), decode)
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    assert calls == [4]
 
 
 @pytest.mark.parametrize("advantages", [torch.zeros(3), torch.full((4,), torch.nan), torch.zeros(4, 2, 2)])

@@ -1,7 +1,10 @@
 """Rewards of a batch of completions: reward functions called once for all, their answers checked."""
 
+import asyncio
+import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from stemma.errors import InvalidDataError
@@ -17,7 +20,7 @@ def score_completions(
     """The value of every reward function for every completion.
 
     Args:
-        rewards: reward functions, called with one entry per completion in every argument.
+        rewards: reward functions, called with one entry per completion in every argument; async ones are awaited.
         rows: one row per prompt of the batch. The `prefix_ids` of a row count as the beginning of its completions.
         decode: token ids to text.
 
@@ -25,8 +28,8 @@ def score_completions(
         Per function, N values; None where it cannot score the completion.
 
     Raises:
-        InvalidDataError: a function raised, or returned the wrong number of values, NaN, an infinity or something that
-            is no number. The message names the function and the sample.
+        InvalidDataError: a function raised, or returned something else than a list, the wrong number of values, NaN, an
+            infinity or something that is no number. The message names the function, and the sample where it is one.
     """
     group = batch.group_id.tolist()
     asked, begun = zip(*map(question_and_beginning, rows), strict=True)
@@ -56,41 +59,38 @@ def question_and_beginning(row: Row) -> tuple[list[int], list[int]]:
 
 def _call_reward(function: Reward, arguments: dict[str, list[Any]]) -> list[float | None]:
     name, expected = getattr(function, "__name__", type(function).__name__), len(arguments["completions"])
+    wanted = f"return a list of {expected} finite numbers, one for each completion (None where it cannot be scored)"
     try:
-        values = list(function(**arguments))
+        returned: Any = function(**arguments)
+        if inspect.isawaitable(returned):
+            with ThreadPoolExecutor(1) as pool:  # a thread of its own: the caller's may run an event loop (notebooks)
+                returned = pool.submit(asyncio.run, _result_of(returned)).result()
+        single = isinstance(returned, str | bytes | Mapping | Set) or getattr(returned, "ndim", 1) == 0
+        values = None if single or not isinstance(returned, Iterable) else list(returned)
     except Exception as error:
-        culprit = _first_failing(function, arguments)
-        raise InvalidDataError(
-            f"reward function '{name}' raised {type(error).__name__}: {error}; {culprit}. Return None for a completion "
-            "that cannot be scored"
-        ) from error
+        raise InvalidDataError(f"reward function '{name}' raised {type(error).__name__}: {error}; {wanted}") from error
+    if values is None:
+        raise InvalidDataError(f"reward function '{name}' returned a value of type {type(returned).__name__}; {wanted}")
     if len(values) != expected:
         raise InvalidDataError(
-            f"reward function '{name}' returned {len(values)} values for {expected} completions; return one each"
+            f"reward function '{name}' returned {len(values)} values for {expected} completions; {wanted}"
         )
     result: list[float | None] = []
     for index, value in enumerate(values):
         try:
-            number = None if value is None else float(value)
-        except (TypeError, ValueError):
+            number = math.nan if isinstance(value, str | bytes) else None if value is None else float(value)
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
         if number is not None and not math.isfinite(number):
             raise InvalidDataError(
-                f"reward function '{name}' returned {value!r} for {_sample(arguments, index)}; return a finite number, "
-                "or None for a completion that cannot be scored"
+                f"reward function '{name}' returned {value!r} for {_sample(arguments, index)}; {wanted}"
             )
         result.append(number)
     return result
 
 
-def _first_failing(function: Reward, arguments: dict[str, list[Any]]) -> str:
-    """Call the function on one completion at a time to name the sample that it fails on."""
-    for index in range(len(arguments["completions"])):
-        try:
-            function(**{name: [values[index]] for name, values in arguments.items()})
-        except Exception:
-            return f"it fails on {_sample(arguments, index)}"
-    return "it fails only on the whole batch, on no single sample"
+async def _result_of(awaitable: Any) -> Any:
+    return await awaitable
 
 
 def _sample(arguments: dict[str, list[Any]], index: int) -> str:

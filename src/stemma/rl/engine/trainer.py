@@ -162,7 +162,7 @@ class Trainer:
         )
         self.experience = RolloutCollector(
             config,
-            generate=partial(sample, self.model, generator, config.max_completion_length),
+            generate=partial(self._sample, generator),
             policy=self.policy,
             reference=self._reference,
             reward_funcs=functions,
@@ -177,6 +177,11 @@ class Trainer:
         )
         self.total_steps, self.completed_steps = config.max_steps, 0
         self._batch: RolloutBatch | None = None
+
+    def _sample(self, generator: Generator, *arguments: Any, **options: Any) -> RolloutBatch:
+        """Sampling in the precision that scores and trains: otherwise the sampler is another policy."""
+        with self.policy.autocast():
+            return sample(self.model, generator, self.config.max_completion_length, *arguments, **options)
 
     # ------------------------------------------------------------------ one step
 

@@ -68,7 +68,7 @@ class Policy:
         model.eval()
         for first in range(0, len(batch.prompt_ids), groups):
             part = batch.groups(first, first + groups)
-            with self._autocast():
+            with self.autocast():
                 scores = score(
                     model,
                     self._tree(part),
@@ -100,7 +100,7 @@ class Policy:
             The micro-batch's share of the loss, its scores, and the tokens of its rows without sharing.
         """
         tree = self._tree(batch)
-        with self._autocast():
+        with self.autocast():
             loss, scores = backward(
                 self.model,
                 tree,
@@ -170,7 +170,8 @@ class Policy:
             clip_min=config.importance_sampling_clip_min,
         )
 
-    def _autocast(self) -> AbstractContextManager[Any]:
+    def autocast(self) -> AbstractContextManager[Any]:
+        """What the policy's forwards run under, those that sample too."""
         return torch.autocast(self.accelerator.device.type, torch.bfloat16) if self.config.bf16 else nullcontext()
 
     @torch.no_grad()
