@@ -164,11 +164,11 @@ def _markdown(report: Mapping[str, Any]) -> str:
         comparison = report["comparison"]
         lines += [
             "",
-            "## Shared against plain, on the same batches",
+            "## Shared against plain, on the same rows",
             "",
             "| | shared | plain |",
             "|---|---|---|",
-            f"| forward and backward of one step, median seconds | {comparison['update_seconds_shared']:.3f} | "
+            f"| forward and backward, median seconds | {comparison['update_seconds_shared']:.3f} | "
             f"{comparison['update_seconds_plain']:.3f} |",
             "",
             f"Median of the ratio over {comparison['steps']} steps: **{comparison['time_ratio_median']:.2f}×**. "

@@ -118,6 +118,11 @@ class RolloutBatch:
         """The batch of prompts `start` to `stop` (exclusive), whole groups."""
         return self.select(range(start, min(stop, len(self.prompt_ids))))
 
+    def first_rows(self, count: int) -> "RolloutBatch":
+        """The batch of the first `count` rows, at least 1; the last group may be cut."""
+        state = self._mapped(lambda value: value[:count] if isinstance(value, Tensor) else value.select(range(count)))
+        return RolloutBatch(**{**state, "prompt_ids": self.prompt_ids[: int(state["group_id"][-1]) + 1]})
+
     def select(self, groups: Sequence[int]) -> "RolloutBatch":
         """The batch of these prompts, given in ascending order, with all their completions and extras."""
         chosen = torch.tensor(list(groups), dtype=torch.int64, device=self.group_id.device)

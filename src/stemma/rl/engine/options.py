@@ -232,8 +232,9 @@ class Forward:
     max_tokens: int | None = None
     """Token budget of one forward call; a larger tree is streamed. None: no limit."""
     compare_every: int = 0
-    """Every so many steps, also send the batch through the other forward (shared or plain) and log its loss, gradient
-    difference and time, without an optimiser step; 0: never."""
+    """Every so many steps, first send the beginning of the batch (rows of at most 4,096 tokens, two at least) through
+    both forwards, shared and plain, and log losses, differences and times; 0: never. Without sharing these tokens cost
+    up to ten times what a step of the same size does."""
     bf16: bool = False
     """Run the forward under bfloat16 autocast."""
     gradient_checkpointing: bool = False

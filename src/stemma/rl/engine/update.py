@@ -22,6 +22,10 @@ from stemma.train.sharding import full_tensor
 
 __all__ = ["GradientPass", "Policy", "comparison", "router_aux_loss_coef"]
 
+COMPARED_TOKENS = 4096
+"""Most tokens, padding too, that a comparison sends through the plain forward (two rows at least), so that its cost
+does not grow with the batch."""
+
 
 def router_aux_loss_coef(model: nn.Module, config: Config) -> float:
     """The weight of a mixture-of-experts model's balancing loss, 0 for a model without a router.
@@ -234,7 +238,7 @@ class Policy:
 
 
 class GradientPass:
-    """One forward and backward over the micro-batches of a step. It takes its gradients off the parameters."""
+    """One forward and backward over the micro-batches of a step, which adds to the gradients of the parameters."""
 
     def __init__(
         self, policy: Policy, micro_batches: Sequence[RolloutBatch], mode: Mode, entropy_weight: float
@@ -249,35 +253,38 @@ class GradientPass:
         self.scores = [scores for _, scores, _ in results]
         self.forwarded_tokens = sum(scores.forwarded_tokens for scores in self.scores)
         self.tokens_without_sharing = sum(tokens for _, _, tokens in results)
-        self._parameters = [p for p in policy.model.parameters() if p.requires_grad]
-        self.gradients = [p.grad for p in self._parameters]
+
+
+def comparison(policy: Policy, batch: RolloutBatch, entropy_weight: float, *, plain_first: bool) -> dict[str, float]:
+    """The first rows of a batch through both forwards, of this process; no gradient is left behind.
+
+    Returns:
+        Losses, largest difference of a log-probability, largest difference of a gradient relative to the largest
+        gradient, seconds.
+    """
+    prompts = torch.tensor([len(ids) for ids in batch.prompt_ids])[batch.group_id.cpu()]
+    longest = (prompts + batch.completion_mask.sum(-1).cpu()).cummax(0).values
+    padded = longest * torch.arange(1, len(batch) + 1)
+    part = batch.first_rows(max(2, int((padded <= COMPARED_TOKENS).sum())))
+    modes: list[Mode] = ["auto" if policy.config.shared_prefix else "shared", "plain"]
+    passes, gradients = {}, {}
+    for mode in modes[:: -1 if plain_first else 1]:
+        passes[mode] = GradientPass(policy, [part], mode, entropy_weight)
+        gradients[mode] = [p.grad for p in policy.model.parameters() if p.requires_grad]
         policy.model.zero_grad(set_to_none=True)
-
-    def restore_gradients(self) -> None:
-        """Put the gradients back, for the optimiser."""
-        for parameter, gradient in zip(self._parameters, self.gradients, strict=True):
-            parameter.grad = gradient
-
-
-def comparison(shared: GradientPass, plain: GradientPass) -> dict[str, float]:
-    """The same batch through both forwards, of this process: losses, largest difference of a log-probability, largest
-    difference of a gradient relative to the largest gradient, seconds."""
+    shared, plain = (passes[mode] for mode in modes)
     difference = largest = 0.0
-    for pair in zip(shared.gradients, plain.gradients, strict=True):
+    for pair in zip(*(gradients[mode] for mode in modes), strict=True):
         present = [full_tensor(gradient) for gradient in pair if gradient is not None]
         if present:
             one, two = present if len(present) == 2 else (present[0], torch.zeros_like(present[0]))
             difference = max(difference, (one - two).abs().max().item())
             largest = max(largest, one.abs().max().item(), two.abs().max().item())
-    logprobs = [
-        (one.logprobs - two.logprobs).abs().max().item()
-        for one, two in zip(shared.scores, plain.scores, strict=True)
-        if one.logprobs.numel()
-    ]
+    errors = (shared.scores[0].logprobs - plain.scores[0].logprobs).abs()
     return {
         "compare/loss_shared": shared.loss,
         "compare/loss_plain": plain.loss,
-        "compare/logprob_error": max(logprobs, default=0.0),
+        "compare/logprob_error": errors.max().item() if errors.numel() else 0.0,
         "compare/gradient_error": difference / largest if largest else 0.0,
         "compare/time_shared": shared.seconds,
         "compare/time_plain": plain.seconds,
