@@ -88,7 +88,7 @@ def test_a_recurrent_model_is_refused_by_name(tmp_path: Path, capsys: pytest.Cap
         (f"[1]\n[{'9' * 5000}]", "batch.jsonl, line 2: a number has too many digits"),
         ("[NaN]", "batch.jsonl, line 1: NaN is not JSON"),
         ('["\\ud800"]', "batch.jsonl, line 1: holds half of a surrogate pair"),
-        ("[1]", "No token of the batch is scored"),
+        ("[1]", "no token of the batch is scored"),
     ],
 )
 def test_bad_batches_are_refused_with_file_and_line(

@@ -248,5 +248,5 @@ def test_check_says_slower_where_sharing_is_slower():
     ],
 )
 def test_a_batch_without_a_scored_token_cannot_be_checked(tree):
-    with pytest.raises(stemma.InvalidBatchError, match="No token of the batch is scored"):
+    with pytest.raises(stemma.InvalidBatchError, match="no token of the batch is scored"):
         stemma.check(tiny_model("llama", **SIZES, seed=0), tree)

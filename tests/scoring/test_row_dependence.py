@@ -39,7 +39,7 @@ def test_functional_dropout_and_jitter_are_refused_by_field(model_type, field):
     assert hasattr(config, field)
     noisy = type(model)(config.__class__.from_dict(config.to_dict() | {field: 0.3}))
     stemma.enable(noisy.train(), self_test=False)
-    with pytest.raises(stemma.UnsupportedModelError, match=rf"{field}=0\.3|Active dropout 0\.3"):
+    with pytest.raises(stemma.UnsupportedModelError, match=rf"{field}=0\.3|active dropout 0\.3"):
         stemma.score(noisy, random_tree(vocabulary=40), mode="shared")
     stemma.score(noisy.eval(), random_tree(vocabulary=40), mode="shared")
 
@@ -98,7 +98,7 @@ def test_other_random_numbers_are_refused_in_training_mode(how):
         model.model.layers[0].mlp.act_fn = nn.Sequential(Noise(), nn.SiLU())
     else:
         embedding.register_forward_hook(lambda module, arguments, output: output * (1 + torch.rand_like(output)))
-    message = {"neftune": "neftune_noise_alpha", "alpha dropout": "Active dropout 0.2"}.get(how, "draws random numbers")
+    message = {"neftune": "neftune_noise_alpha", "alpha dropout": "active dropout 0.2"}.get(how, "draws random numbers")
     with pytest.raises(stemma.UnsupportedModelError, match=message):
         stemma.score(model, tree, mode="shared")
     stemma.score(model, tree, mode="plain")

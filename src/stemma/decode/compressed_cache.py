@@ -2,8 +2,8 @@
 
 Its length is the number of tokens seen, kept or not, so that positions and the attention mask are those of the whole
 rows. Masks are made once for all layers, while layers keep different tokens; so a layer does not use the mask but is
-led by it to this cache (:mod:`stemma.decode.reading_cache`), which attends from
-:class:`stemma.cache.compressed.KeptStates`.
+led by it to this cache (`stemma.decode.reading_cache`), which attends from
+`stemma.cache.compressed.KeptStates`.
 """
 
 import inspect
@@ -45,15 +45,15 @@ class DecodeBudget:
 
 
 class CompressedCache(RowsCache):
-    """Keys and values of a batch of rows, padded on the left, of which :meth:`keep` drops some.
+    """Keys and values of a batch of rows, padded on the left, of which `keep` drops some.
 
-    Made by :meth:`prefill`. Hand it to ``model.generate(input_ids, attention_mask=..., past_key_values=cache)`` with
-    whole rows that go on behind the cached tokens, or to ``model(...)`` with what follows them and the full mask.
+    Made by `prefill`. Hand it to `model.generate(input_ids, attention_mask=..., past_key_values=cache)` with
+    whole rows that go on behind the cached tokens, or to `model(...)` with what follows them and the full mask.
 
     Args:
         model: the model that it is for.
-        lengths: ``(rows,)`` tokens of each row that are to be cached.
-        votes: of so many last tokens of each row the attention is summed into :meth:`importance`; None: of all; 0: of
+        lengths: `(rows,)` tokens of each row that are to be cached.
+        votes: of so many last tokens of each row the attention is summed into `importance`; None: of all; 0: of
             none.
         room: new tokens to make room for.
     """
@@ -91,10 +91,10 @@ class CompressedCache(RowsCache):
         max_tokens: int | None = None,
         room: int = 64,
     ) -> "CompressedCache":
-        """Encode all tokens of some rows, whole; :meth:`keep` then drops some of them.
+        """Encode all tokens of some rows, whole; `keep` then drops some of them.
 
         Args:
-            model: an enabled model (:func:`stemma.enable`).
+            model: an enabled model (`stemma.enable`).
             rows: token ids of each row, at least one each.
             votes, room: see the class.
             max_tokens: tokens of a row in one forward call.
@@ -143,12 +143,12 @@ class CompressedCache(RowsCache):
     # ------------------------------------------------------------------ importance and what is kept
 
     def bounded(self, layer: int) -> np.ndarray:
-        """``(rows,)`` bool: whether a sliding window shorter than the row's prompt bounds what a layer needs of it."""
+        """`(rows,)` bool: whether a sliding window shorter than the row's prompt bounds what a layer needs of it."""
         window = self.windows[layer]
         return np.zeros(self.batch_size, dtype=bool) if window is None else self.lengths > window
 
     def importance(self) -> list[dict[int, np.ndarray]]:
-        """Attention mass ``(tokens,)`` float64 of the prompt, for each row and each layer that no window bounds; zeros
+        """Attention mass `(tokens,)` float64 of the prompt, for each row and each layer that no window bounds; zeros
         where no attention was summed."""
         found: list[dict[int, np.ndarray]] = [{} for _ in range(self.batch_size)]
         for number, states in sorted(self._states.items()):
@@ -167,9 +167,9 @@ class CompressedCache(RowsCache):
         """Drop all tokens of the prompt but some; what is dropped is gone.
 
         Args:
-            tokens: for each row and each layer that no window bounds (see :meth:`importance`) the numbers of the tokens
+            tokens: for each row and each layer that no window bounds (see `importance`) the numbers of the tokens
                 to keep, ascending, at least one.
-            retained: for reports, see :attr:`stemma.decode.compression_report.LayerReport.retained_mass`.
+            retained: for reports, see `stemma.decode.compression_report.LayerReport.retained_mass`.
             budget: keep the same share of new tokens; None: keep them all.
 
         Raises:
@@ -249,7 +249,7 @@ class CompressedCache(RowsCache):
         sinks: Tensor | None,
         partial: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Attention of a layer's new tokens; see :class:`stemma.models.masks.ReadingCache`."""
+        """Attention of a layer's new tokens; see `stemma.models.masks.ReadingCache`."""
         self.check_module(module)
         if any(x.requires_grad for x in (query, key, value)):
             raise UnsupportedModelError("a compressed cache has no gradients; use it under torch.no_grad().")
@@ -318,7 +318,7 @@ class CompressedCache(RowsCache):
     # ------------------------------------------------------------------ rows and lengths
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Let row ``i`` be what row ``beam_idx[i]`` was."""
+        """Let row `i` be what row `beam_idx[i]` was."""
         super().reorder_cache(beam_idx)
         rows = beam_idx.cpu().numpy()
         self.lengths = self.lengths[rows]
@@ -327,7 +327,7 @@ class CompressedCache(RowsCache):
             states.select(beam_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last ``-tokens_to_remove`` new tokens; see :class:`RowsCache`.
+        """Forget the last `-tokens_to_remove` new tokens; see `RowsCache`.
 
         Raises:
             ValueError: older tokens have made room for them, too.

@@ -3,8 +3,8 @@
 The cache holds all tokens of every row but the last one, which is the first to be fed: a model must be given something
 to predict from. Rows are taken to be padded on the left, as `generate` has them, and told by the attention mask.
 
-How a layer finds it says :mod:`stemma.decode.reading_cache`; the attention is
-:class:`stemma.cache.key_values.PrefixKeyValues`.
+How a layer finds it says `stemma.decode.reading_cache`; the attention is
+`stemma.cache.key_values.PrefixKeyValues`.
 """
 
 from collections.abc import Sequence
@@ -83,8 +83,8 @@ class SharingReport:
 class SharedPrefixCache(RowsCache):
     """Keys and values of many rows, those of shared prefixes once.
 
-    Made by :meth:`of`. Hand it to ``model.generate(input_ids, attention_mask=..., past_key_values=cache)`` with the
-    full rows, padded on the left, or to ``model(...)`` with what follows the cached tokens and the full mask.
+    Made by `of`. Hand it to `model.generate(input_ids, attention_mask=..., past_key_values=cache)` with the
+    full rows, padded on the left, or to `model(...)` with what follows the cached tokens and the full mask.
 
     Args:
         model: the model that it is for.
@@ -118,13 +118,13 @@ class SharedPrefixCache(RowsCache):
         """Encode everything but the last token of each row, what rows share once.
 
         Args:
-            model: an enabled model (:func:`stemma.enable`).
-            rows: token ids of each row of the batch, at least one each, without what ``prefix`` holds.
+            model: an enabled model (`stemma.enable`).
+            rows: token ids of each row of the batch, at least one each, without what `prefix` holds.
             prefix: what all rows begin with.
             room: new tokens to make room for; more only costs a copy.
             max_tokens: encode at most so many tokens in a forward call.
             min_shared: shortest shared run that is encoded once.
-            call_bytes: see :data:`stemma.cache.plan.CALL_BYTES`.
+            call_bytes: see `stemma.cache.plan.CALL_BYTES`.
 
         Raises:
             InvalidBatchError: no row or an empty one, ids outside the vocabulary, more tokens than the model has
@@ -203,7 +203,7 @@ class SharedPrefixCache(RowsCache):
         sinks: Tensor | None,
         partial: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Attention of a layer's new tokens; see :class:`stemma.models.masks.ReadingCache`."""
+        """Attention of a layer's new tokens; see `stemma.models.masks.ReadingCache`."""
         self.check_module(module)
         if torch.is_grad_enabled():
             if any(x.requires_grad for x in (query, key, value, *(partial or ()))):
@@ -220,13 +220,13 @@ class SharedPrefixCache(RowsCache):
     # ------------------------------------------------------------------ rows and lengths
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Let row ``i`` be what row ``beam_idx[i]`` was."""
+        """Let row `i` be what row `beam_idx[i]` was."""
         super().reorder_cache(beam_idx)
         self.states.select(beam_idx)
         self.lengths = self.states.tokens
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last ``-tokens_to_remove`` new tokens; see :class:`RowsCache`."""
+        """Forget the last `-tokens_to_remove` new tokens; see `RowsCache`."""
         super().crop(tokens_to_remove)
         self.states.crop(-tokens_to_remove)
 

@@ -63,7 +63,7 @@ class SharedPrefix:
         self._precision = _precision(model)
         self.above = above
         self.ids: np.ndarray = ids if above is None else np.concatenate([above.ids, ids])
-        """``(length,)`` token ids of the whole path."""
+        """`(length,)` token ids of the whole path."""
         self.added = int(ids.size)
         """Tokens that the last step added."""
         self.states = {module: even_heads(*pair) for module, pair in context.items()}
@@ -88,7 +88,7 @@ class SharedPrefix:
         """Encode a prefix.
 
         Args:
-            model: an enabled model (:func:`stemma.enable`), in evaluation mode or without dropout.
+            model: an enabled model (`stemma.enable`), in evaluation mode or without dropout.
             ids: token ids, at least one.
             max_tokens: encode at most so many tokens in a forward call.
 
@@ -99,7 +99,7 @@ class SharedPrefix:
         return cls._encode(model, None, ids, max_tokens)
 
     def extend(self, ids: Any, *, max_tokens: int | None = None) -> "SharedPrefix":
-        """A longer prefix; this one stays as it is, and its keys and values are not copied. As :meth:`from_ids`."""
+        """A longer prefix; this one stays as it is, and its keys and values are not copied. As `from_ids`."""
         return self._encode(self._alive(), self, ids, max_tokens)
 
     def _alive(self) -> nn.Module:
@@ -205,7 +205,7 @@ class SharedPrefix:
 
     @classmethod
     def from_pretrained(cls, model: Any, folder: str | os.PathLike[str]) -> "SharedPrefix":
-        """The prefix that :meth:`save_pretrained` wrote, on the device of the model.
+        """The prefix that `save_pretrained` wrote, on the device of the model.
 
         Args:
             model: an enabled model with the weights, precision (autocast included) and active adapters of the one that
@@ -252,7 +252,7 @@ class SharedPrefix:
     def check(self, model: nn.Module) -> None:
         """Refuse another model, and this one with other weights, buffers, precision or adapters.
 
-        What counts as a change of weights is said in :func:`stemma.models.weights_state.weights_state`.
+        What counts as a change of weights is said in `stemma.models.weights_state.weights_state`.
 
         Raises:
             InvalidBatchError: says what differs.
@@ -310,12 +310,12 @@ def _name(dtype: torch.dtype) -> str:
 def encode_tree(
     model: Any, tree: PrefixTree, context: Context | None = None, above: int = 0, max_tokens: int | None = None
 ) -> Context:
-    """Keys and values ``(1, key_value_heads, T, ...)`` of all packed tokens of a tree, by attention module.
+    """Keys and values `(1, key_value_heads, T, ...)` of all packed tokens of a tree, by attention module.
 
     Args:
         model: an enabled model.
         tree: the tree.
-        context: keys and values of ``above`` tokens that stand before all sequences of the tree.
+        context: keys and values of `above` tokens that stand before all sequences of the tree.
         above: their number.
         max_tokens: most tokens in a forward call; a longer node still runs in one.
 

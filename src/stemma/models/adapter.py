@@ -1,18 +1,18 @@
 """The attention adapter: any Hugging Face decoder that dispatches its attention can run over a prefix tree.
 
-:func:`enable` registers one attention implementation that wraps the model's own and switches by call: with a layout in
+`enable` registers one attention implementation that wraps the model's own and switches by call: with a layout in
 the call's keyword arguments it is tree attention, without one it is what the model had before. The implementation is
 set once and never toggled around a call, because activation checkpointing runs layers again in the backward, where a
 toggle would long be undone. The layout travels as a keyword argument for the same reason; that also keeps LoRA,
-autocast and the hooks of DDP and FSDP working, since everything goes through ``model(...)``.
+autocast and the hooks of DDP and FSDP working, since everything goes through `model(...)`.
 
 Masks are built outside the layers. On a tree call the mask function probes what mask the model asked for and returns a
 marker that travels to the layers in the mask's place, so each layer knows its own: causal and sliding-window masks are
 the ones tree attention computes; a layer with any other (chunked, bidirectional, blockwise) is refused by name. A first
-small forward in :func:`enable` compares the tree with each sequence alone, so a model whose layers mix positions
+small forward in `enable` compares the tree with each sequence alone, so a model whose layers mix positions
 elsewhere (recurrence, convolution, absolute position offsets) is refused before any work.
 
-A cache of shared prefixes (:mod:`stemma.decode.shared_cache`) comes the same way: a model asks its cache for the sizes
+A cache of shared prefixes (`stemma.decode.shared_cache`) comes the same way: a model asks its cache for the sizes
 of a mask, the next mask function sees which cache was asked, and its marker leads the layers to that cache.
 """
 
@@ -57,7 +57,7 @@ __all__ = [
 ]
 
 LAYOUT_ARGUMENT = "stemma_call"
-"""Keyword argument under which a tree call travels from ``model(...)`` to every attention function."""
+"""Keyword argument under which a tree call travels from `model(...)` to every attention function."""
 
 IMPLEMENTATION_PREFIX = "stemma_"
 """What the name of a dispatching implementation begins with; the name of the wrapped one follows."""
@@ -69,7 +69,7 @@ class TreeCall:
 
     layout: Layout
     context: dict[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """For each attention module keys and values ``(1, key_value_heads, C, head_dim)`` of the path above the layout."""
+    """For each attention module keys and values `(1, key_value_heads, C, head_dim)` of the path above the layout."""
     capture: bool = False
     """Keep each module's keys and values (context included), for calls below this one."""
     captured: dict[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -78,7 +78,7 @@ class TreeCall:
     hidden_graph: bool = False
     """Keys and values were captured without a graph, by reentrant activation checkpointing."""
     running: bool = False
-    """Inside ``model(...)``, as against a recomputation in the backward."""
+    """Inside `model(...)`, as against a recomputation in the backward."""
 
 
 _current: ContextVar[TreeCall | None] = ContextVar("stemma_tree_call", default=None)
@@ -86,7 +86,7 @@ _current: ContextVar[TreeCall | None] = ContextVar("stemma_tree_call", default=N
 
 @contextmanager
 def tree_call(call: TreeCall) -> Iterator[TreeCall]:
-    """Mark ``call`` as the running one: mask functions, which get no keyword arguments, look here."""
+    """Mark `call` as the running one: mask functions, which get no keyword arguments, look here."""
     token = _current.set(call)
     call.running = True
     try:
@@ -121,7 +121,7 @@ def base_model(model: nn.Module) -> PreTrainedModel:
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
-    """What :func:`torch.compile` was given: tree calls and hooks are nothing that a compiled forward could run."""
+    """What `torch.compile` was given: tree calls and hooks are nothing that a compiled forward could run."""
     while isinstance(model, OptimizedModule):
         model = model._orig_mod
     return model
@@ -135,7 +135,7 @@ def input_device(model: nn.Module) -> torch.device:
 
 
 def is_enabled(model: nn.Module) -> bool:
-    """Whether :func:`enable` has been called on the model."""
+    """Whether `enable` has been called on the model."""
     return str(_implementation(base_model(model))).startswith(IMPLEMENTATION_PREFIX)
 
 
@@ -156,7 +156,7 @@ def implementations(config: PreTrainedConfig, change: Callable[[str], str]) -> d
 
 
 def register(original: str) -> str:
-    """Register the dispatching implementation around ``original``; registering again changes nothing."""
+    """Register the dispatching implementation around `original`; registering again changes nothing."""
     original = original.removeprefix(IMPLEMENTATION_PREFIX)
     name = IMPLEMENTATION_PREFIX + original
     if name in ALL_ATTENTION_FUNCTIONS:
@@ -221,7 +221,7 @@ def _attend(
     s_aux: Tensor | None = None,
     **others: Any,
 ) -> Tensor:
-    """Tree attention under the signature of transformers; returns ``(1, T, heads, value_dim)``."""
+    """Tree attention under the signature of transformers; returns `(1, T, heads, value_dim)`."""
     layout, where = call.layout, layer_name(module)
     if isinstance(attention_mask, Mask):
         sliding_window = _window(where, attention_mask)
@@ -267,7 +267,7 @@ def _read(
     s_aux: Tensor | None = None,
     **others: Any,
 ) -> Tensor:
-    """Attention over a cache under the signature of transformers; returns ``(rows, n, heads, value_dim)``."""
+    """Attention over a cache under the signature of transformers; returns `(rows, n, heads, value_dim)`."""
     where = layer_name(module)
     window = _window(where, mask)
     refuse_other_attention(where, module, **others)

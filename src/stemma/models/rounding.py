@@ -2,8 +2,8 @@
 
 No fixed tolerance fits: log-probabilities of a deep model in bfloat16 move by tenths of a nat when products are summed
 in another order, those of a small one in float32 by a millionth. So rounding is measured on the model itself, in two
-ways. :func:`rounded_anew` rounds the output of every module once more, at random, as in "Monte Carlo Arithmetic"
-(Parker, 1997). :func:`in_higher_precision` computes with the same weights in a wider type, where rounding hides little.
+ways. `rounded_anew` rounds the output of every module once more, at random, as in "Monte Carlo Arithmetic"
+(Parker, 1997). `in_higher_precision` computes with the same weights in a wider type, where rounding hides little.
 """
 
 from collections.abc import Iterator
@@ -24,10 +24,10 @@ _CPU_BYTES = 4 << 30
 
 
 def rounding_unit(dtype: torch.dtype, device: torch.device) -> float:
-    """Relative size of one rounding error in ``dtype``.
+    """Relative size of one rounding error in `dtype`.
 
     Models in float64 keep float32 in their norms and softmaxes, and products of float32 are allowed fewer bits by
-    :func:`torch.set_float32_matmul_precision`.
+    `torch.set_float32_matmul_precision`.
     """
     unit = torch.finfo(dtype).eps
     if dtype in (torch.float32, torch.float64):
@@ -94,7 +94,7 @@ def higher_precision(model: nn.Module) -> torch.dtype | None:
 
 @contextmanager
 def in_higher_precision(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Let weights and floating-point buffers be copies in ``dtype``; the same memory comes back.
+    """Let weights and floating-point buffers be copies in `dtype`; the same memory comes back.
 
     Not for threads that share the model.
     """

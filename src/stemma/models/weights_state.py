@@ -14,13 +14,13 @@ _FREQUENCIES = re.compile("(?<!original_)inv_freq$")
 
 
 def weights_state(model: nn.Module) -> tuple[object, ...]:
-    """What changes when parameters or buffers of a model change; to be compared with ``==`` in the same process.
+    """What changes when parameters or buffers of a model change; to be compared with `==` in the same process.
 
-    Seen are other tensors in their places, another precision, device or memory (``p.data = ...``), and every write that
-    torch counts (optimizers, ``copy_`` and the like under `no_grad`), as autograd sees them. Not seen are writes past
-    the count (``p.data.mul_(...)``, and into tensors made in inference mode, which have none), and the rotary
+    Seen are other tensors in their places, another precision, device or memory (`p.data = ...`), and every write that
+    torch counts (optimizers, `copy_` and the like under `no_grad`), as autograd sees them. Not seen are writes past
+    the count (`p.data.mul_(...)`, and into tensors made in inference mode, which have none), and the rotary
     frequencies that models with "dynamic" or "longrope" scaling set anew in every forward. Which adapters are active is
-    for :func:`stemma.models.fingerprint.active_adapters`.
+    for `stemma.models.fingerprint.active_adapters`.
     """
     marks: list[object] = []
     for tensor in _tensors(base_model(model)):

@@ -12,7 +12,7 @@ __all__ = ["Part", "partition", "plain_rows", "walk"]
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Packed tokens ``[begin, end)`` that run in one call, and the parts below them."""
+    """Packed tokens `[begin, end)` that run in one call, and the parts below them."""
 
     begin: int
     end: int
@@ -22,10 +22,10 @@ class Part:
 
 
 def partition(tree: PrefixTree, max_tokens: int) -> list[Part]:
-    """Cut a tree into parts of at most ``max_tokens`` packed tokens.
+    """Cut a tree into parts of at most `max_tokens` packed tokens.
 
     A part is a run of neighbouring subtrees, or a run of nodes of which each is the only child of the one before. A
-    node whose own run is longer than ``max_tokens`` makes a part of its own, longer than that.
+    node whose own run is longer than `max_tokens` makes a part of its own, longer than that.
     """
     parts: list[Part] = []
     rest: list[tuple[list[int], list[Part]]] = [(list(tree.children(-1)), parts)]
@@ -75,7 +75,7 @@ def walk(parts: list[Part]) -> Iterator[tuple[Part, bool]]:
 
 
 def plain_rows(tree: PrefixTree, max_tokens: int | None) -> list[np.ndarray]:
-    """Sequences of each padded micro-batch of the plain forward, in order, at most ``max_tokens`` with padding."""
+    """Sequences of each padded micro-batch of the plain forward, in order, at most `max_tokens` with padding."""
     if max_tokens is None:
         return [np.arange(tree.num_sequences)]
     rows: list[list[int]] = []

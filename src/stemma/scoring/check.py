@@ -1,6 +1,6 @@
 """Verification: is the shared forward of this model, on this machine, as exact as the plain one?
 
-The self-test of :func:`stemma.enable` is a short look; :func:`check` is the whole comparison behind ``stemma check``:
+The self-test of `stemma.enable` is a short look; `check` is the whole comparison behind `stemma check`:
 log-probabilities, every parameter's gradient, time and memory.
 """
 
@@ -124,14 +124,14 @@ def _random_tree(model: nn.Module, groups: int, responses: int, prompt: int, res
 
 
 def _cut(tree: PrefixTree, max_tokens: int | None) -> PrefixTree:
-    """The first sequences, as many as make a padded batch of at most ``max_tokens``; at least one."""
+    """The first sequences, as many as make a padded batch of at most `max_tokens`; at least one."""
     padded = np.maximum.accumulate(tree.lengths) * np.arange(1, tree.num_sequences + 1)
     fit = tree.num_sequences if max_tokens is None else max(1, int((padded <= max_tokens).sum()))
     return tree if fit == tree.num_sequences else tree.subset(np.arange(fit))
 
 
 _Step = tuple[Tensor, dict[str, Tensor]]
-"""Log-probabilities ``(S,)`` and the gradient of each parameter."""
+"""Log-probabilities `(S,)` and the gradient of each parameter."""
 
 
 def check(
@@ -147,7 +147,7 @@ def check(
     """Compare shared and plain forward and backward on one batch: values, gradients, time and memory.
 
     Both are compared with the plain computation in a higher precision (float64 for float32, float32 for bfloat16 and
-    float16), so that rounding is not taken for an error. It costs ``1 + repeats`` plain passes, as many shared ones,
+    float16), so that rounding is not taken for an error. It costs `1 + repeats` plain passes, as many shared ones,
     and one plain pass in the higher precision. The model comes back as it was: modes, gradients and, if it was not
     enabled before, its attention implementation.
 
@@ -180,7 +180,7 @@ def check(
     tree = _random_tree(model, 2, 4, 256, 64, seed) if tree is None else _cut(tree, max_tokens)
     if not tree.scored.any():
         raise InvalidBatchError(
-            "No token of the batch is scored, so there is nothing to compare: give a sequence of at least two tokens, "
+            "no token of the batch is scored, so there is nothing to compare: give a sequence of at least two tokens, "
             "or a prompt with a response that is not empty."
         )
     inner = base_model(model)

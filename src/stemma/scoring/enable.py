@@ -93,7 +93,7 @@ def disable(model: Any) -> Any:
 
 
 _users: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
-"""Blocks of :func:`while_enabled` that run on a model now."""
+"""Blocks of `while_enabled` that run on a model now."""
 
 
 @contextmanager
@@ -101,10 +101,10 @@ def while_enabled(model: Any, *, self_test: bool = True) -> Iterator[None]:
     """The model enabled for the length of a block, and then as it was; blocks of several threads may overlap.
 
     Args:
-        model, self_test: as of :func:`stemma.enable`.
+        model, self_test: as of `stemma.enable`.
 
     Raises:
-        UnsupportedModelError: as :func:`stemma.enable`.
+        UnsupportedModelError: as `stemma.enable`.
     """
     inner = base_model(model)
     with _lock:
@@ -153,7 +153,7 @@ once; those of float32 gather an error at each step of the sum."""
 class SelfTest:
     """A tree of three levels against each of its sequences alone, without gradients.
 
-    What may differ is the model's own rounding, measured by :func:`stemma.models.rounding.rounded_anew`. A model in
+    What may differ is the model's own rounding, measured by `stemma.models.rounding.rounded_anew`. A model in
     half precision is compared in float32 too, where the memory is there for it, as its own rounding hides all but large
     errors.
 
@@ -233,7 +233,7 @@ class SelfTest:
         return logprobs[torch.from_numpy(targets.of_scored).to(logprobs.device)]
 
     def _size(self, difference: Tensor, dtype: torch.dtype | None) -> float:
-        """Of a difference ``(S,)`` behind the first sequence."""
+        """Of a difference `(S,)` behind the first sequence."""
         behind = difference[self.behind.to(difference.device)].double()
         if dtype is None and len(self.references) > 1:
             # The higher precision tells. Here the median, as in half precision rounding sends tokens to other experts.

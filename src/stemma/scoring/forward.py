@@ -1,6 +1,6 @@
 """One forward call of a model, over a tree or over padded rows, down to the log-probability of each scored token.
 
-The language-model head is taken over for the length of a call (:mod:`stemma.scoring.head`).
+The language-model head is taken over for the length of a call (`stemma.scoring.head`).
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ __all__ = ["ForwardSettings", "Targets", "check_calls", "plain_forward", "tree_f
 
 @dataclass(frozen=True)
 class ForwardSettings:
-    """What a caller of ``score`` wants from each forward."""
+    """What a caller of `score` wants from each forward."""
 
     temperature: float = 1.0
     entropy: bool = False
@@ -38,11 +38,11 @@ class Targets:
     """The distinct (path, next token) pairs of a tree that are scored, sorted by the position that predicts them."""
 
     predictor: np.ndarray
-    """``(E,)`` packed index of the predicting token, non-decreasing."""
+    """`(E,)` packed index of the predicting token, non-decreasing."""
     token: np.ndarray
-    """``(E,)`` predicted token id."""
+    """`(E,)` predicted token id."""
     of_scored: np.ndarray
-    """``(S,)``: the target of each scored token, sequence by sequence."""
+    """`(S,)`: the target of each scored token, sequence by sequence."""
 
     @classmethod
     def of(cls, tree: PrefixTree) -> "Targets":
@@ -55,7 +55,7 @@ class Targets:
         return cls(predictor[order], tree.packed_tokens[targets[order]], target_of[tree.path[tree.scored]])
 
     def between(self, begin: int, end: int) -> slice:
-        """The targets predicted by packed tokens ``[begin, end)``."""
+        """The targets predicted by packed tokens `[begin, end)`."""
         return slice(*(int(cut) for cut in np.searchsorted(self.predictor, [begin, end])))
 
 
@@ -70,7 +70,7 @@ def tree_forward(
     context: dict[nn.Module, tuple[Tensor, Tensor]] | None = None,
     capture: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, TreeCall]:
-    """Forward the packed tokens ``[begin, end)`` and score the targets they predict.
+    """Forward the packed tokens `[begin, end)` and score the targets they predict.
 
     Args:
         model: an enabled model.
@@ -83,7 +83,7 @@ def tree_forward(
         capture: keep keys and values for calls below.
 
     Returns:
-        Log-probabilities of ``targets.between(begin, end)``, entropies or None, the auxiliary loss or None, and the
+        Log-probabilities of `targets.between(begin, end)`, entropies or None, the auxiliary loss or None, and the
         call with what was captured.
     """
     model, inner = uncompiled(model), base_model(model)
@@ -160,7 +160,7 @@ def plain_forward(
     Args:
         model: any causal language model; it need not be enabled.
         tree: the tree.
-        sequences: ``(n,)`` indices of the sequences to run, in the order of the result.
+        sequences: `(n,)` indices of the sequences to run, in the order of the result.
         settings: temperature, entropies, auxiliary loss.
 
     Returns:

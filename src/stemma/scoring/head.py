@@ -43,7 +43,7 @@ class Head:
     """Collects the hidden states of the predicting positions and scores targets from them."""
 
     def __init__(self, model: PreTrainedModel, row: Tensor, column: Tensor, shape: tuple[int, ...]) -> None:
-        """``row`` and ``column`` ``(M,)`` of the predicting positions in token ids of ``shape`` (rows, tokens)."""
+        """`row` and `column` `(M,)` of the predicting positions in token ids of `shape` (rows, tokens)."""
         self.model, self.row, self.column, self.shape = model, row, column, shape
         self.module = model.get_output_embeddings()
         self.label = f"{type(model).__name__} (model type '{model.config.model_type}')"
@@ -86,12 +86,12 @@ class Head:
     def score(
         self, logits: Tensor, target_position: Tensor, target_token: Tensor, *, temperature: float, entropy: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Log-probabilities ``(E,)`` of the targets, and their entropies if asked for.
+        """Log-probabilities `(E,)` of the targets, and their entropies if asked for.
 
         Args:
             logits: what the model returned for the two rows that went through.
-            target_position: ``(E,)`` which of the predicting positions predicts each target.
-            target_token: ``(E,)`` token ids.
+            target_position: `(E,)` which of the predicting positions predicts each target.
+            target_token: `(E,)` token ids.
             temperature: logits are divided by it.
             entropy: give entropies too.
         """
@@ -125,7 +125,7 @@ class Head:
             return known
         if not raw.isfinite().all():
             raise NonFiniteError(
-                f"The logits of {self.label} are not finite (NaN or infinite): its weights have diverged, or "
+                f"the logits of {self.label} are not finite (NaN or infinite): its weights have diverged, or "
                 f"{str(raw.dtype).removeprefix('torch.')} cannot hold its activations."
             )
         config = self.model.config.get_text_config()
@@ -155,7 +155,7 @@ class Head:
         most = _tolerance(together) * together.abs().max() if len(rows) else 0.0
         if together.shape != alone.shape or bool(((together - alone).abs() > most).any()):
             raise UnsupportedModelError(
-                f"A hook on the language-model head of {self.label} gives a position other logits in the company of "
+                f"a hook on the language-model head of {self.label} gives a position other logits in the company of "
                 "another one. Only the positions that predict something go through the head, in chunks: remove the "
                 "hook, or let it treat each position by itself."
             )

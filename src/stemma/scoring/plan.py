@@ -1,6 +1,6 @@
 """The planner: shared, streamed or plain, and why.
 
-The estimate is the FLOPs ratio of a padded batch to the tree. Below :data:`WORTH_IT` the tree's extra kernel calls
+The estimate is the FLOPs ratio of a padded batch to the tree. Below `WORTH_IT` the tree's extra kernel calls
 would eat the gain, so the plain forward runs. A tree over the token budget is streamed.
 """
 
@@ -79,7 +79,7 @@ class Plan:
 
 
 def explain(model: nn.Module, tree: PrefixTree, *, max_tokens: int | None = None) -> Plan:
-    """Plan a batch without running it. Only shapes, modules and the config of ``model`` are read, so a meta-device
+    """Plan a batch without running it. Only shapes, modules and the config of `model` are read, so a meta-device
     model will do.
 
     Where no self-test of `stemma.enable` has run, a model that config and modules show to be unfit is refused; for
@@ -102,7 +102,7 @@ def explain(model: nn.Module, tree: PrefixTree, *, max_tokens: int | None = None
 
     Raises:
         UnsupportedModelError: the model cannot run over a tree.
-        ValueError: ``max_tokens`` below 1.
+        ValueError: `max_tokens` below 1.
     """
     _check_budget(max_tokens)
     inner = base_model(model)
@@ -178,7 +178,7 @@ Mode = Literal["auto", "shared", "plain"]
 
 
 def choose_mode(model: nn.Module, tree: PrefixTree, mode: Mode, max_tokens: int | None) -> str:
-    """ "shared", "streamed" or "plain" for a call of :func:`score`, after refusing what cannot be computed."""
+    """ "shared", "streamed" or "plain" for a call of `score`, after refusing what cannot be computed."""
     if mode not in ("auto", "shared", "plain"):
         raise ValueError(f"mode must be 'auto', 'shared' or 'plain', got {mode!r}.")
     _check_budget(max_tokens)

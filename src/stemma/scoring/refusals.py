@@ -25,7 +25,7 @@ __all__ = ["check_model", "check_streaming"]
 
 
 def check_model(model: nn.Module) -> None:
-    """Refuse what a shared prefix cannot have: no ``enable``, random numbers, adapters that look at the row.
+    """Refuse what a shared prefix cannot have: no `enable`, random numbers, adapters that look at the row.
 
     Raises:
         UnsupportedModelError: says what is in the way.
@@ -43,7 +43,7 @@ def check_model(model: nn.Module) -> None:
         )
     if input_device(model).type == "meta":
         raise UnsupportedModelError(
-            f"The weights of {type(inner).__name__} are on the meta device, so nothing can be computed with them. Load "
+            f"the weights of {type(inner).__name__} are on the meta device, so nothing can be computed with them. Load "
             "them; stemma.explain does without."
         )
     refuse_adapters_of_rows(model)
@@ -75,7 +75,7 @@ def _refuse_randomness(model: nn.Module, inner: PreTrainedModel, state: object) 
         if isinstance(module, _DropoutNd) and module.training and module.p > 0:
             name = next(name for name, found in model.named_modules() if found is module)
             raise UnsupportedModelError(
-                f"Active dropout {module.p} in '{name}': a shared prefix would be dropped once where repeated prefixes "
+                f"active dropout {module.p} in '{name}': a shared prefix would be dropped once where repeated prefixes "
                 "are dropped differently each time. Set the dropout to 0 (lora_dropout=0 for LoRA), or call "
                 "model.eval()."
             )
@@ -137,17 +137,17 @@ def check_streaming(model: nn.Module, tree: PrefixTree) -> None:
     limit = dynamic_rope_limit(model)
     if limit is not None and tree.max_length > limit:
         raise UnsupportedModelError(
-            f"The model's rotary frequencies change for calls that reach beyond {limit} tokens (dynamic or longrope "
+            f"the model's rotary frequencies change for calls that reach beyond {limit} tokens (dynamic or longrope "
             f"scaling), so the parts of a streamed tree of up to {tree.max_length} tokens would not fit together. "
             "Raise max_tokens until the tree fits one call."
         )
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise UnsupportedModelError(
-            "A streamed tree makes another number of forward calls on each rank, and a sharded model (FSDP, tensor "
+            "a streamed tree makes another number of forward calls on each rank, and a sharded model (FSDP, tensor "
             "parallel) needs the same number everywhere. Raise max_tokens, or give each rank fewer sequences."
         )
     if isinstance(model, nn.parallel.DistributedDataParallel) and model.require_backward_grad_sync:
         raise UnsupportedModelError(
-            "A streamed tree runs backward several times, and DistributedDataParallel would reduce gradients each "
+            "a streamed tree runs backward several times, and DistributedDataParallel would reduce gradients each "
             "time. Call it inside model.no_sync() and reduce the gradients afterwards, or raise max_tokens."
         )

@@ -1,13 +1,13 @@
 """Streaming: the same scores and gradients in memory that does not grow with the number of branches.
 
 The tree is walked from the root. A part is either a run of neighbouring subtrees under one parent that fit
-``max_tokens`` together, or a single node whose subtrees do not. A node's keys and values are cut out of the graph and
+`max_tokens` together, or a single node whose subtrees do not. A node's keys and values are cut out of the graph and
 handed to the parts below it as leaves; each part runs forward and backward and is forgotten, and its gradient with
 respect to those leaves adds up. When all parts below a node are done, one backward through the node carries the sum on.
 What stays in memory is the graph of one path from the root, and of one part.
 
-:func:`streamed_backward` is the training call: the loss of each part's sequences is taken as they come, so every token
-runs forward once and backward once. :func:`stemma.score` streams behind its ordinary interface by running the forward
+`streamed_backward` is the training call: the loss of each part's sequences is taken as they come, so every token
+runs forward once and backward once. `stemma.score` streams behind its ordinary interface by running the forward
 without a graph first and once more in the backward, as activation checkpointing does.
 """
 
@@ -34,7 +34,7 @@ Context = dict[nn.Module, tuple[Tensor, Tensor]]
 
 @dataclass(eq=False)
 class _Result:
-    """Scores of the targets of one part, cut out of its graph: whoever uses them leaves gradients in ``.grad``."""
+    """Scores of the targets of one part, cut out of its graph: whoever uses them leaves gradients in `.grad`."""
 
     targets: slice
     logprobs: Tensor
@@ -58,7 +58,7 @@ def _walk(
     parts: list[Part],
     consume: Callable[[Part, list[_Result]], None],
 ) -> None:
-    """Forward each part, let ``consume`` use its scores, walk below it, then back-propagate through it."""
+    """Forward each part, let `consume` use its scores, walk below it, then back-propagate through it."""
     state = _state(model)
     path: list[_Result] = []
     frames: list[_Frame] = []
@@ -90,7 +90,7 @@ def _forward(
     if part.below:
         if torch.is_grad_enabled() and call.hidden_graph:
             raise UnsupportedModelError(
-                "Streaming needs the graph of the prefix's keys and values, which reentrant activation "
+                "streaming needs the graph of the prefix's keys and values, which reentrant activation "
                 "checkpointing hides: use gradient_checkpointing_kwargs={'use_reentrant': False}."
             )
         for module, pair in call.captured.items():
@@ -120,7 +120,7 @@ def _refuse_changes(model: nn.Module, state: tuple[object, ...]) -> None:
     names = ("weights or buffers", "active adapters", "training mode")
     changed = [name for name, before, after in zip(names, state, now, strict=True) if before != after]
     raise StateChangedError(
-        f"The model's {' and '.join(changed)} changed between the parts of a streamed forward and backward, so the "
+        f"the model's {' and '.join(changed)} changed between the parts of a streamed forward and backward, so the "
         "gradients would belong to no model. Call backward() before the optimizer steps or an adapter is switched, or "
         "use stemma.backward, which does both in one call."
     )
@@ -140,7 +140,7 @@ def streamed_backward(
 ) -> tuple[Tensor, Scores]:
     """Gradients of a tree over the budget: the loss of each part's sequences is taken as they come.
 
-    Arguments and result as of :func:`stemma.backward`.
+    Arguments and result as of `stemma.backward`.
     """
     targets = Targets.of(tree)
     sequence_of_scored = np.repeat(np.arange(tree.num_sequences), tree.lengths)[tree.scored]
@@ -178,7 +178,7 @@ def streamed_backward(
 def streamed_scores(model: nn.Module, tree: PrefixTree, settings: ForwardSettings, max_tokens: int) -> Scores:
     """Scores of a tree over the budget, with a backward that streams again."""
     if settings.aux_loss:
-        raise ValueError("The auxiliary loss is not a sum over parts of a batch: raise max_tokens or drop aux_loss.")
+        raise ValueError("the auxiliary loss is not a sum over parts of a batch: raise max_tokens or drop aux_loss.")
     targets = Targets.of(tree)
     parts = partition(tree, max_tokens)
     kept = _TargetBuffer(targets, settings)
