@@ -43,6 +43,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         *("model", "dataset", "output", "resume", "limit", "samples_per_round", "max_samples", "temperature"),
         *("max_completion_length", "shots", "sft_steps", "eval_prompts", "seed"),
     ),
+    "evaluate-run": ("qrels", "runs", "measures", "seed"),
     "explain": (
         "model",
         "sequences",
@@ -57,8 +58,12 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         *("num_return_sequences", "num_beams", "temperature", "top_p", "top_k", "stop_strings", "share", "max_tokens"),
         *("dtype", "device", "seed", "report"),
     ),
+    "index": ("corpus", "input", "id_field", "text_fields", "update", "encoder", "sparse_encoder", "dtype"),
     "methods": ("method",),
     "run": ("seeds", "output_dir", "cache_dir", "model", "quick", "method"),
+    "search": (
+        *("corpus", "query", "queries", "output", "k", "engine", "encoder", "sparse_encoder", "weights", "feedback"),
+    ),
     "train": (
         *("num_generations", "max_completion_length", "temperature", "top_p", "top_k", "dynamic_sampling"),
         *("max_generation_batches", "importance_sampling_correction", "importance_sampling_mode"),

@@ -73,8 +73,7 @@ def test_several_fields_make_a_text_and_the_title_stays(corpus, tmp_path):
         ({"id": "b"}, "line 2: no text in 'text'; found .*'id'"),
         ({"id": "b", "text": "\n "}, "line 2: no text"),
         ({"id": "b", "text": ["x"]}, "line 2: no text"),
-        ('{"id": "b", "text": "\\ud800"}', "line 2: cannot be stored"),
-        ('{"id": "b", "text": "x", "n": NaN}', "line 2: cannot be stored"),
+        ('{"id": "b", "text": "\\ud800"}', "line 2: holds half of a surrogate pair"),
         ({"id": "a", "text": "other"}, "line 2: another document has the id 'a': .*line 1"),
     ],
 )
@@ -82,6 +81,13 @@ def test_a_bad_line_is_named_and_nothing_is_written(corpus, tmp_path, line, comp
     path = write(tmp_path / "bad.jsonl", {"id": "a", "text": "x"}, line, {"id": "c", "text": "x"})
     with pytest.raises(InvalidDataError, match=complaint):
         corpus.import_jsonl(path)
+    assert len(corpus) == 0
+
+
+@pytest.mark.parametrize("record", [{"text": "\ud800"}, {"text": "x", "n": float("nan")}, {"text": "x", "n": object()}])
+def test_a_record_that_cannot_be_stored_is_named(corpus, record):
+    with pytest.raises(InvalidDataError, match="record 2: cannot be stored"):
+        corpus.add([{"id": "a", "text": "x"}, {"id": "b", **record}])
     assert len(corpus) == 0
 
 

@@ -88,7 +88,7 @@ def test_the_index_follows_its_corpus(corpus):
 
 
 def test_a_stale_index_is_refused_where_it_may_not_follow(corpus):
-    with pytest.raises(InvalidDataError, match=r"lacks 120 texts of .*; update it"):
+    with pytest.raises(InvalidDataError, match=r"lacks 120 texts of .*; call update"):
         Dense(corpus, letters, follow=False).ranked("b", 1)
     Dense(corpus, letters)
     index = Dense(corpus, letters, follow=False)

@@ -27,7 +27,8 @@ class Dense(Encoded):
         encoder: a folder or hub id of a sentence-transformers model, such a model, or any function from a list of texts
             to an array `(n, dim)`. Where it has `encode_query` and `encode_document`, each is used for its own.
         similarity: "cosine" divides vectors by their lengths, "dot" does not.
-        dtype: of the stored vectors; float16 takes half the space and is read more slowly.
+        dtype: of the stored vectors; float16 takes half the space and is read more slowly. None: as they are stored,
+            float32 where there are none yet.
         faiss: None for exact products with numpy, or the name of an index of faiss that needs no training, such as
             "Flat" (exact) or "HNSW32" (approximate); package faiss-cpu, extra `search`.
         follow: encode new texts at once and before each search; otherwise an index that lacks texts is refused.
@@ -54,7 +55,7 @@ class Dense(Encoded):
         encoder: Any,
         *,
         similarity: Literal["cosine", "dot"] = "cosine",
-        dtype: Literal["float32", "float16"] = "float32",
+        dtype: Literal["float32", "float16"] | None = None,
         faiss: str | None = None,
         follow: bool = True,
         name: str = "dense",
@@ -122,7 +123,8 @@ class Dense(Encoded):
         return vectors
 
     def _open(self, arrays: dict[str, Array]) -> Store:
-        columns = {"vectors": (self.dtype, arrays["vectors"].shape[1:]), "numbers": ("int64", ())}
+        held = self._store.columns["vectors"][0] if self._store is not None else "float32"
+        columns = {"vectors": (self.dtype or held, arrays["vectors"].shape[1:]), "numbers": ("int64", ())}
         return Store.open(self.folder, columns, {"corpus": self.corpus.id, "similarity": self.similarity})
 
     def _differs(self, row: int, arrays: dict[str, Array]) -> float:

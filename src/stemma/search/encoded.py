@@ -93,7 +93,8 @@ class Encoded(Index):
                 if lacking:
                     more = " or more" if lacking == _CHUNK else ""
                     raise InvalidDataError(
-                        f"{self.folder} lacks {lacking}{more} texts of {self.corpus.path}; update it"
+                        f"{self.folder} lacks {lacking}{more} texts of {self.corpus.path}; "
+                        "call update(), or run `stemma index`"
                     )
                 self._look()
         return self._store

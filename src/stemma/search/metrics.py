@@ -24,7 +24,7 @@ from operator import getitem
 from stemma.errors import InvalidDataError
 from stemma.search.runs import Qrels, Run, Scores
 
-__all__ = ["MEASURES", "Comparison", "Evaluation", "compare", "evaluate"]
+__all__ = ["MEASURES", "Comparison", "Evaluation", "compare", "evaluate", "measure"]
 
 MEASURES = ("nDCG@10", "AP", "RR", "P@10", "R@100", "Bpref")
 """What `evaluate` computes unless told otherwise."""
@@ -80,17 +80,17 @@ def evaluate(qrels: Qrels, run: Run, measures: Sequence[str] = MEASURES) -> Eval
     # prints: {'RR': 0.5, 'P@1': 0.0}
     ```
     """
-    functions = {measure: _measure(measure) for measure in measures}
+    functions = {name: measure(name) for name in measures}
     if not qrels.keys() & run.keys():
         raise InvalidDataError(
             f"no query of the run is judged: it has {sorted(run)[:3]}, the judgements {sorted(qrels)[:3]}; "
             "check that both number their queries alike"
         )
-    values: dict[str, dict[str, float]] = {measure: {} for measure in measures}
+    values: dict[str, dict[str, float]] = {name: {} for name in measures}
     for query, grades in qrels.items():
         ranking = [grades.get(document) for document in _as_trec_eval(run.get(query, {}))]
-        for measure, function in functions.items():
-            values[measure][query] = function(ranking, list(grades.values()))
+        for name, function in functions.items():
+            values[name][query] = function(ranking, list(grades.values()))
     return Evaluation(values, tuple(sorted(qrels.keys() - run.keys())), tuple(sorted(run.keys() - qrels.keys())))
 
 
@@ -140,7 +140,8 @@ Grades = Sequence[int | None]
 Measure = Callable[[Grades, Sequence[int]], float]
 
 
-def _measure(name: str) -> Measure:
+def measure(name: str) -> Measure:
+    """The function that computes a measure; an unknown name is a ValueError."""
     match = re.fullmatch(r"([A-Za-z]+)(?:@([1-9]\d*))?", name)
     kind, cutoff = (match[1].lower(), match[2] and int(match[2])) if match else ("", None)
     if kind not in _FUNCTIONS or (kind in ("p", "r", "success") and not cutoff) or (kind == "bpref" and cutoff):
