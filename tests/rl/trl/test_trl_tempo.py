@@ -1,7 +1,9 @@
 """TRL's trainer with tree credit and with prompts as token ids: stock TRL, our own losses and fixed completions."""
 
+import dataclasses
 import itertools
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -15,6 +17,7 @@ from stemma.data.traces import Trace
 from stemma.errors import InvalidDataError, StemmaError
 from stemma.models.tiny import byte_tokenizer, tiny_model
 from stemma.prefix.values import ValueTree
+from stemma.rl import pppo, tempo
 from stemma.rl import trl as adapter
 from stemma.rl.engine.losses import token_loss, token_weights
 from stemma.rl.prefix_rl import build_prefixed_problems
@@ -24,16 +27,8 @@ pytestmark = [pytest.mark.trl, pytest.mark.filterwarnings("ignore::FutureWarning
 
 EOS = 256
 # Two groups of four: a late branch, a completion cut off where another goes on, two equal ones; then other tokens.
-COMPLETIONS = [
-    [*b"aab", EOS],
-    [*b"aac", EOS],
-    [*b"aa"],
-    [*b"aab", EOS],
-    [*b"xy", EOS],
-    [*b"xyz", EOS],
-    [*b"xw", EOS],
-    [*b"aab"],
-]
+COMPLETIONS = [[*b"aab", EOS], [*b"aac", EOS], [*b"aa"], [*b"aab", EOS]]
+COMPLETIONS += [[*b"xy", EOS], [*b"xyz", EOS], [*b"xw", EOS], [*b"aab"]]
 REWARDS: list[float | None] = [1.0, 0.0, 0.3, 0.5, None, 0.7, 0.0, 0.0]
 
 
@@ -63,12 +58,8 @@ def build(tmp_path: Path) -> Callable[..., Any]:
         from datasets import Dataset
 
         settings = {
-            "per_device_train_batch_size": 8,
-            "num_generations": 4,
-            "max_completion_length": 8,
-            "learning_rate": 1e-3,
-            "max_steps": 3,
-            "logging_steps": 1,
+            **{"per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 8},
+            **{"learning_rate": 1e-3, "max_steps": 3, "logging_steps": 1},
             **{"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True},
             **{"bf16": False, "gradient_checkpointing": False, "shuffle_dataset": False},
             "beta": 0.0,  # RLOO's default would load a reference model by its name
@@ -87,6 +78,10 @@ def build(tmp_path: Path) -> Callable[..., Any]:
         )
 
     return build
+
+
+def tree_credit(coefficient: float) -> dict[str, Any]:
+    return {"credit": partial(tempo.hooks, tempo.Config(tree_td_coef=coefficient))}
 
 
 def with_fixed_completions(trainer: Any) -> Any:
@@ -121,7 +116,7 @@ def test_advantages_are_trls_plus_the_differences(build: Callable[..., Any], sca
 
     options = {"scale_rewards": scale}
     stock = generated(with_fixed_completions(build(trl.GRPOTrainer, **options)))["advantages"]
-    trainer = with_fixed_completions(build(adapter.GRPOTrainer, own={"tree_td_coef": 0.5}, **options))
+    trainer = with_fixed_completions(build(adapter.GRPOTrainer, own=tree_credit(0.5), **options))
     advantages = generated(trainer)["advantages"]
     expected = tree_td_advantages(*fixed_batch(), scale_rewards=scale, coefficient=0.5)
     torch.testing.assert_close(advantages.double(), expected, rtol=1e-5, atol=1e-6)
@@ -137,17 +132,22 @@ def test_advantages_are_trls_plus_the_differences(build: Callable[..., Any], sca
 
 def test_rewards_of_other_processes_only_scale(build: Callable[..., Any]) -> None:
     """TRL gathers rewards: those of this process are cut out of them, and the batch's deviation is that of all."""
-    trainer = with_fixed_completions(build(adapter.GRPOTrainer, own={"tree_td_coef": 1.0}, scale_rewards="batch"))
+    trainer = with_fixed_completions(build(adapter.GRPOTrainer, own=tree_credit(1.0), scale_rewards="batch"))
     output = generated(trainer)
     per_function, lengths = trainer._scored
     elsewhere = torch.full_like(per_function, 5.0)
     trainer._scored = torch.cat([elsewhere, per_function]), lengths
-    trainer.accelerator = SimpleNamespace(process_index=1)
+    both = SimpleNamespace(process_index=1, num_processes=2, device="cpu")
+    both.gather = lambda own: torch.cat([elsewhere.flatten().double(), own])
+    trainer.accelerator = both
+    trainer._credit, trainer._row_credit = (
+        dataclasses.replace(credit, accelerator=both) for credit in (trainer._credit, trainer._row_credit)
+    )
     output["advantages"] = torch.zeros(8)
     differences = torch.from_numpy(ValueTree.build(*fixed_batch()).differences())
     scored = torch.cat([elsewhere, per_function]).flatten()
     std = scored[~scored.isnan()].double().std()
-    torch.testing.assert_close(trainer._tree_credit(output).double(), differences / (std + 1e-4), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(trainer._token_credit(output).double(), differences / (std + 1e-4), rtol=1e-5, atol=1e-6)
 
 
 def test_a_coefficient_of_zero_is_stock_trl_to_the_bit(build: Callable[..., Any]) -> None:
@@ -155,7 +155,7 @@ def test_a_coefficient_of_zero_is_stock_trl_to_the_bit(build: Callable[..., Any]
 
     stock = generated(with_fixed_completions(build(trl.GRPOTrainer)))
     off = generated(with_fixed_completions(build(adapter.GRPOTrainer)))
-    zero = generated(with_fixed_completions(build(adapter.GRPOTrainer, own={"tree_td_coef": 0.0})))
+    zero = generated(with_fixed_completions(build(adapter.GRPOTrainer, own=tree_credit(0.0))))
     assert torch.equal(off["advantages"], stock["advantages"])
     assert torch.equal(zero["advantages"], stock["advantages"][:, None].expand(-1, 4))
 
@@ -163,7 +163,7 @@ def test_a_coefficient_of_zero_is_stock_trl_to_the_bit(build: Callable[..., Any]
 def test_masked_truncated_completions_stay_in_the_tree(build: Callable[..., Any]) -> None:
     """They are not trained on, but what they earned is still evidence about their beginnings."""
     options = {"mask_truncated_completions": True}
-    output = generated(with_fixed_completions(build(adapter.GRPOTrainer, own={"tree_td_coef": 1.0}, **options)))
+    output = generated(with_fixed_completions(build(adapter.GRPOTrainer, own=tree_credit(1.0), **options)))
     assert output["completion_mask"].sum(1).tolist() == [4, 4, 0, 4, 3, 4, 3, 0]
     expected = tree_td_advantages(*fixed_batch())
     torch.testing.assert_close(output["advantages"].double(), expected, rtol=1e-5, atol=1e-6)
@@ -172,7 +172,7 @@ def test_masked_truncated_completions_stay_in_the_tree(build: Callable[..., Any]
 def test_advantages_travel_with_their_completions(build: Callable[..., Any]) -> None:
     """Through TRL's shuffle, the dealing of whole groups and the cut into slices."""
     options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
-    trainer = with_fixed_completions(build(adapter.GRPOTrainer, own={"tree_td_coef": 1.0}, **options))
+    trainer = with_fixed_completions(build(adapter.GRPOTrainer, own=tree_credit(1.0), **options))
     trainer._prepare_inputs([row for row in trainer.train_dataset for _ in range(4)])
     expected = tree_td_advantages(*fixed_batch()).float()
     known = {(row // 4, tuple(ids)): expected[row] for row, ids in enumerate(COMPLETIONS)}
@@ -202,7 +202,7 @@ def test_the_loss_is_that_of_our_own_trainer(build: Callable[..., Any], loss_typ
     """The same batch with an older policy behind it, so that ratios clip on both sides."""
     epsilon_high = 1.0 if loss_type == "cispo" else 0.28
     options: dict[str, Any] = {"loss_type": loss_type, "epsilon_high": epsilon_high}
-    trainer = with_fixed_completions(build(adapter.GRPOTrainer, own={"tree_td_coef": 1.0}, **options))
+    trainer = with_fixed_completions(build(adapter.GRPOTrainer, own=tree_credit(1.0), **options))
     trainer.current_gradient_accumulation_steps = 1
     batch = generated(trainer)
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
@@ -233,14 +233,14 @@ def test_a_run_with_the_coefficient_zero_is_stock_and_with_one_is_not(
 
     options = {"reward": reward_vowels, "loss_type": loss_type, "num_iterations": 2, "top_k": 2}
     stock = run(build(trl.GRPOTrainer, **options))
-    assert run(build(adapter.GRPOTrainer, own={"tree_td_coef": 0.0}, **options)) == pytest.approx(stock, rel=1e-4)
-    credited = build(adapter.GRPOTrainer, own={"tree_td_coef": 1.0}, **options)
+    assert run(build(adapter.GRPOTrainer, own=tree_credit(0.0), **options)) == pytest.approx(stock, rel=1e-4)
+    credited = build(adapter.GRPOTrainer, own=tree_credit(1.0), **options)
     assert run(credited)[0] != pytest.approx(stock[0], rel=1e-2)
     assert any("tree/branch_frac" in row for row in credited.state.log_history)
 
 
 def test_evaluation_has_tree_credit_too(build: Callable[..., Any]) -> None:
-    trainer = build(adapter.GRPOTrainer, reward_vowels, own={"tree_td_coef": 1.0}, per_device_eval_batch_size=8)
+    trainer = build(adapter.GRPOTrainer, reward_vowels, own=tree_credit(1.0), per_device_eval_batch_size=8)
     trainer.evaluate(trainer.train_dataset)
     assert "eval_tree/branch_frac" in trainer.state.log_history[-1]
 
@@ -258,18 +258,18 @@ def test_evaluation_has_tree_credit_too(build: Callable[..., Any]) -> None:
 def test_options_that_undo_it_are_refused(build: Callable[..., Any], options: dict[str, Any], message: str) -> None:
     build(adapter.GRPOTrainer, **options)
     with pytest.raises(StemmaError, match=message):
-        build(adapter.GRPOTrainer, own={"tree_td_coef": 1.0}, **options)
+        build(adapter.GRPOTrainer, own=tree_credit(1.0), **options)
 
 
-def test_rloo_and_bad_coefficients_are_refused(build: Callable[..., Any]) -> None:
+def test_rloo_and_more_than_a_credit_are_refused(build: Callable[..., Any]) -> None:
     with pytest.raises(StemmaError, match="does not go with RLOOTrainer"):
-        build(adapter.RLOOTrainer, own={"tree_td_coef": 1.0})
-    with pytest.raises(ValueError, match="tree_td_coef must be a finite number"):
-        build(adapter.GRPOTrainer, own={"tree_td_coef": -1.0})
+        build(adapter.RLOOTrainer, own=tree_credit(1.0))
+    with pytest.raises(StemmaError, match="nothing else, it gives credit, loss_mask, rollout"):
+        build(adapter.GRPOTrainer, own={"credit": partial(pppo.hooks, pppo.Config())})
 
 
 def test_a_group_that_is_not_together_is_refused(build: Callable[..., Any]) -> None:
-    trainer = with_fixed_completions(build(adapter.GRPOTrainer, own={"tree_td_coef": 1.0}))
+    trainer = with_fixed_completions(build(adapter.GRPOTrainer, own=tree_credit(1.0)))
     with pytest.raises(StemmaError, match="4 completions of a prompt side by side"):
         trainer._generate_and_score_completions([*trainer.train_dataset] * 4)
 
@@ -359,7 +359,7 @@ def test_prefix_rl_with_tree_credit_trains(build: Callable[..., Any]) -> None:
         return [diallock.reward(*pair) for pair in zip(prompt_ids, completion_ids, strict=True)]
 
     options = {"per_device_train_batch_size": 16, "max_completion_length": 40, "tokenizer": diallock.tokenizer()}
-    trainer = build(adapter.GRPOTrainer, reward, problems, own={"tree_td_coef": 1.0}, **options)
+    trainer = build(adapter.GRPOTrainer, reward, problems, own=tree_credit(1.0), **options)
     trainer._generate_single_turn = half_solved
     before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
     trainer.train()

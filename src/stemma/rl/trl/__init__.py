@@ -28,10 +28,11 @@ Differences from stock TRL to know about:
   refused by name. (TRL's `disable_dropout` reaches dropout layers, but not an `attention_dropout` of the config.)
 
 Two arguments are its own. `max_tokens` is the most tokens in one forward: a slice with more distinct tokens is
-streamed, in memory independent of the number of completions. `tree_td_coef` (`GRPOTrainer` only; None: off)
-adds, with this weight, the temporal differences of each group's prefix tree to TRL's advantages. Where nothing
-branches, and in the table of logged completions, TRL's advantages stay as they are, to the bit. Options under which the
-credit of a token would not reach this token are refused by name.
+streamed, in memory independent of the number of completions. `credit` (`GRPOTrainer` only) is the `hooks` of a method
+that gives a credit, bound to options: `functools.partial(METHOD.hooks, METHOD.Config())`. What it gives to a token
+beside the advantage of its row is added to TRL's advantages. Where that is nothing, and in the table of logged
+completions, they stay as they are, to the bit. Options under which the credit of a token would not reach this token
+are refused by name.
 
 Rows may give their prompt as token ids, in the format of Stemma's own trainer: with a column `prompt_ids` nothing is
 tokenized again, and `prompt` is optional (the decoded question). Where `prefix_ids` holds the tail of `prompt_ids` that
@@ -52,13 +53,15 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from stemma.errors import MissingExtraError, StemmaError
 from stemma.prefix.tree import PrefixTree
-from stemma.rl.trl.rows import TokenPrompts, TreeCredit, refuse_tree_credit
+from stemma.rl.engine.hooks import Run
+from stemma.rl.trl.rows import TokenCredit, TokenPrompts
 from stemma.scoring.enable import enable
 from stemma.scoring.score import score
 
@@ -81,19 +84,23 @@ _SEAMS = (
 """TRL's private methods that are overridden here and in `rows`."""
 
 
-class _SharedPrefix(TreeCredit, TokenPrompts):
+class _SharedPrefix(TokenCredit, TokenPrompts):
     """What both trainers change. Mixed in before TRL's class; the overridden methods are TRL's private hooks."""
 
     _buffered_inputs: Any  # TRL's: the slices of the current generation batch
 
     def __init__(
-        self, *args: Any, max_tokens: int | None = None, tree_td_coef: float | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        max_tokens: int | None = None,
+        credit: Callable[[Run], Mapping[str, Any]] | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.max_tokens, self.tree_td_coef = max_tokens, tree_td_coef
+        self.max_tokens = max_tokens
         _refuse_what_cannot_be_shared(self)
-        if tree_td_coef is not None:
-            refuse_tree_credit(self)
+        if credit is not None:
+            self._set_credit(credit)
         enable(self.model)
         if self.ref_model is not None:
             # The same architecture, which has just passed; here accelerate may already have added autocast to it.

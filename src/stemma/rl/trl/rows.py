@@ -1,20 +1,23 @@
-"""What the trainers of `stemma.rl.trl` do with rows: prompts given as token ids, and the credit of a prefix tree."""
+"""What the trainers of `stemma.rl.trl` do with rows: prompts given as token ids, and the credit of each token."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from stemma.errors import InvalidDataError, StemmaError
 from stemma.models.limits import vocabulary_size
-from stemma.prefix.values import ValueTree
-from stemma.rl.engine.advantages import reward_scale
+from stemma.rl.engine.advantages import GroupCredit
+from stemma.rl.engine.batch import RolloutBatch
+from stemma.rl.engine.hooks import Credit, Run
+from stemma.rl.engine.options import Config
 from stemma.rl.engine.rewards import question_and_beginning
 
-__all__ = ["TokenPrompts", "TreeCredit", "refuse_tree_credit"]
+__all__ = ["TokenCredit", "TokenPrompts", "refuse_token_credit"]
 
-TREE_LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo")
+TOKEN_LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo")
 """TRL's losses that are a sum over tokens with the advantage of each token in its own summand."""
 
 _Trainer: Any = object  # TRL's class follows in the bases of the trainers
@@ -87,15 +90,41 @@ class TokenPrompts(_Trainer):
         return completed
 
 
-class TreeCredit(_Trainer):
-    """TRL's advantages plus the temporal differences of the prefix tree of each group, as (B, T)."""
+class TokenCredit(_Trainer):
+    """TRL's advantages plus what a credit gives to each token beside the advantage of its row, as (B, T)."""
 
-    tree_td_coef: float | None
+    _credit: Credit | None = None
+    _row_credit: Credit
+
+    def _set_credit(self, hooks: Callable[[Run], Mapping[str, Any]]) -> None:
+        """Take the credit of a method.
+
+        Raises:
+            StemmaError: the method gives more than a credit, or see `refuse_token_credit`.
+        """
+        refuse_token_credit(self)
+        size = self.num_generations
+        options = Config(scale_rewards=self.scale_rewards, num_generations=size, per_device_train_batch_size=size)
+        found = hooks(
+            Run(
+                options=options,
+                model=self.model,
+                processing_class=self.processing_class,
+                accelerator=self.accelerator,
+            )
+        )
+        if set(found) != {"credit"}:
+            raise StemmaError(
+                f"credit must give a credit and nothing else, it gives {', '.join(sorted(found)) or 'nothing'}; other "
+                "hooks are of Stemma's own trainer"
+            )
+        self._credit = found["credit"]
+        self._row_credit = GroupCredit(scale_rewards=self.scale_rewards, accelerator=self.accelerator)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
-        if self.tree_td_coef is not None:
-            output["advantages"] = self._tree_credit(output)
+        if self._credit is not None:
+            output["advantages"] = self._token_credit(output)
         return output
 
     def _calculate_rewards(
@@ -105,57 +134,63 @@ class TreeCredit(_Trainer):
         self._scored = rewards, [len(ids) for ids in completion_ids_list]
         return rewards
 
-    def _tree_credit(self, output: dict[str, Any]) -> torch.Tensor:
-        assert self.tree_td_coef is not None
+    def _token_credit(self, output: dict[str, Any]) -> torch.Tensor:
+        assert self._credit is not None
         mode = "train" if self.model.training else "eval"
         size = self.num_generations if mode == "train" else self.num_generations_eval
-        advantages, ids = output["advantages"], output["completion_ids"]
+        advantages, ids = output["advantages"], output["completion_ids"].cpu()
         count, width = ids.shape
-        group = torch.arange(count, device=ids.device) // size
-        prompts = torch.cat([output["prompt_ids"], output["prompt_mask"]], dim=1)
-        if count % size or not torch.equal(prompts, prompts[group * size]):
+        group = torch.arange(count) // size
+        prompt_ids, prompt_mask = output["prompt_ids"].cpu(), output["prompt_mask"].cpu().bool()
+        prompts = [row[mask].tolist() for row, mask in zip(prompt_ids, prompt_mask, strict=True)]
+        if count % size or any(prompt != prompts[row // size * size] for row, prompt in enumerate(prompts)):
             raise StemmaError(
-                f"tree credit needs the {size} completions of a prompt side by side on one process, and {count} rows "
-                "came with other prompts among them; leave TRL's sampler as it is"
+                f"credit needs the {size} completions of a prompt side by side on one process, and {count} rows came "
+                "with other prompts among them; leave TRL's sampler as it is"
             )
-        per_function, lengths = self._scored  # the rewards of all processes, the completions of this one
+        per_function, completion_lengths = self._scored  # rewards of all processes, completions of this one
         rewards = (per_function * self.reward_weights.to(per_function.device)).nansum(dim=1).double()
         rewards[per_function.isnan().all(dim=1)] = torch.nan
-        own = rewards[self.accelerator.process_index * count :][:count]
         # From the lengths: mask_truncated_completions empties the mask of completions that others may begin like.
-        mask = torch.arange(width) < torch.tensor(lengths)[:, None]
-        values = ValueTree.build(own, ids, mask, group)
-        for name, value in values.metrics().items():
+        lengths = torch.tensor(completion_lengths)
+        batch = RolloutBatch(
+            prompt_ids=prompts[::size],
+            group_id=group,
+            completion_ids=ids,
+            completion_mask=torch.arange(width) < lengths[:, None],
+            truncated=ids[torch.arange(count), lengths - 1] != self.processing_class.eos_token_id,
+            forced_len=torch.zeros_like(lengths),
+            reward=rewards[self.accelerator.process_index * count :][:count].cpu(),
+        )
+        for name, value in getattr(self._credit, "metrics", lambda _: {})(batch).items():
             self._metrics[mode][name].append(value)
-        scale = reward_scale(own, group, scale_rewards=self.scale_rewards, all_rewards=rewards)
-        differences = torch.from_numpy(values.differences()).to(scale) / scale[:, None]
-        return advantages[:, None] + self.tree_td_coef * differences.to(advantages)
+        # A difference, so that TRL's advantages stay as they are where the credit adds nothing.
+        own, row = self._credit(batch), self._row_credit(batch)[:, None]
+        added = (own if own.ndim == 2 else own[:, None]) - row
+        return advantages[:, None] + added.to(advantages).expand(-1, width)
 
 
-def refuse_tree_credit(trainer: Any) -> None:
+def refuse_token_credit(trainer: Any) -> None:
     """Raise `StemmaError` for the options of TRL under which the credit of a token would not reach this token."""
     name, args = type(trainer).__name__, trainer.args
-    if not 0 <= trainer.tree_td_coef < float("inf"):
-        raise ValueError(f"tree_td_coef must be a finite number, at least 0; got {trainer.tree_td_coef!r}")
     if name == "RLOOTrainer":
         raise StemmaError(
-            "tree_td_coef does not go with RLOOTrainer, whose one ratio per completion spreads the credit of a token "
-            "over all of them; use GRPOTrainer"
+            "credit does not go with RLOOTrainer, whose one ratio per completion spreads the credit of a token over "
+            "all of them; use GRPOTrainer"
         )
     checks = {
         "importance_sampling_level": (args.importance_sampling_level == "token", "token"),
-        "loss_type": (args.loss_type in TREE_LOSS_TYPES, f"one of {', '.join(TREE_LOSS_TYPES)}"),
+        "loss_type": (args.loss_type in TOKEN_LOSS_TYPES, f"one of {', '.join(TOKEN_LOSS_TYPES)}"),
         "off_policy_mask_threshold": (args.off_policy_mask_threshold is None, "None: it masks whole completions"),
         "multi_objective_aggregation": (
             args.multi_objective_aggregation == "sum_then_normalize",
-            "sum_then_normalize: a prefix has the value of one reward",
+            "sum_then_normalize: credit is given for one reward",
         ),
     }
     for option, (valid, expected) in checks.items():
         if not valid:
             raise StemmaError(
-                f"tree_td_coef needs {option} to be {expected}; got {getattr(args, option)!r}. Change it, or leave "
-                "tree_td_coef out"
+                f"credit needs {option} to be {expected}; got {getattr(args, option)!r}. Change it, or leave credit out"
             )
     for option, rows, size in (
         ("num_generations", args.per_device_train_batch_size * args.steps_per_generation, trainer.num_generations),
@@ -164,6 +199,6 @@ def refuse_tree_credit(trainer: Any) -> None:
         cut = trainer.accelerator.num_processes > 1 and rows % size
         if size < 2 or (cut and (option == "num_generations" or args.eval_strategy != "no")):
             raise StemmaError(
-                f"tree_td_coef compares the completions of a prompt on one process: {option} must be at least 2 and "
+                f"credit compares the completions of a prompt on one process: {option} must be at least 2 and "
                 f"divide the {rows} completions that a process samples at a time; got {size}"
             )
