@@ -20,7 +20,7 @@ from stemma.decode.compression_report import CompressionReport, LayerReport
 from stemma.decode.prompts import pad_left
 from stemma.decode.reading_cache import RowsCache, check_decodes
 from stemma.errors import InvalidBatchError, UnsupportedModelError
-from stemma.models.adapter import base_model
+from stemma.models.adapter import base_model, input_device
 from stemma.models.layer_attention import layer_name
 from stemma.models.limits import check_batch, check_lengths
 from stemma.prefix.radix import as_ids
@@ -116,7 +116,7 @@ class CompressedCache(RowsCache):
         check_lengths(model, max(row.size for row in ids))
         cache = cls(model, [row.size for row in ids], votes=votes, room=room)
         inner, longest = base_model(model), cache.prompt_length
-        whole, mask = pad_left(ids, 0, inner.get_input_embeddings().weight.device)
+        whole, mask = pad_left(ids, 0, input_device(inner))
         position = (mask.cumsum(1) - 1).clamp(min=0)
         parameters = inspect.signature(inner.forward).parameters
         extra: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}

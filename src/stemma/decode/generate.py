@@ -14,7 +14,7 @@ from stemma.decode.prompts import Prompt, as_list, pad_left, prompt_ids, without
 from stemma.decode.shared_cache import SharedPrefixCache, SharingReport
 from stemma.decode.shared_prefix import SharedPrefix
 from stemma.errors import InvalidBatchError
-from stemma.models.adapter import base_model
+from stemma.models.adapter import base_model, input_device, uncompiled
 from stemma.models.limits import check_lengths
 from stemma.models.support import refuse_adapters_of_rows
 from stemma.models.tokens import as_id_list
@@ -136,6 +136,7 @@ def generate(
         )
     listed = as_list(prompts)
     sharing = sharing or Config()
+    model = uncompiled(model)
     inner: PreTrainedModel = base_model(model)
     shared = sharing.share != "never"
     if max_new_tokens is not None:
@@ -152,7 +153,7 @@ def generate(
         refuse_adapters_of_rows(model)
         check_lengths(model, longest + new)
     rows = max(config.num_beams or 1, config.num_return_sequences or 1)
-    device = inner.get_input_embeddings().weight.device
+    device = input_device(inner)
     input_ids, mask = pad_left(whole, config.pad_token_id, device)
     arguments = options.arguments(new)
     report = None

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from stemma.cache.key_values import even_heads
 from stemma.errors import InvalidBatchError, InvalidDataError, UnsupportedModelError
 from stemma.files import replacing
-from stemma.models.adapter import LAYOUT_ARGUMENT, TreeCall, base_model, tree_call
+from stemma.models.adapter import LAYOUT_ARGUMENT, TreeCall, base_model, input_device, tree_call, uncompiled
 from stemma.models.fingerprint import active_adapters, fingerprint
 from stemma.models.limits import check_batch, check_lengths
 from stemma.models.weights_state import weights_state
@@ -238,7 +238,7 @@ class SharedPrefix:
                 f"{folder} holds a prefix of another model; it differs in {differing}. Load the model that encoded it, "
                 "or make the prefix again with SharedPrefix.from_ids(model, ids)."
             )
-        tensors = load_file(folder / _TENSORS, device=str(inner.get_input_embeddings().weight.device))
+        tensors = load_file(folder / _TENSORS, device=str(input_device(inner)))
         prefix: SharedPrefix | None = None
         for number in range(len(about["tokens"])):
             context = {
@@ -296,7 +296,7 @@ def _state(model: nn.Module) -> tuple[object, ...]:
 def _precision(model: nn.Module) -> torch.dtype:
     """What the model computes in now: its own precision, or that of autocast."""
     inner = base_model(model)
-    device = inner.get_input_embeddings().weight.device.type
+    device = input_device(inner).type
     if inner.dtype != torch.float64 and torch.is_autocast_enabled(device):  # which leaves float64 alone
         return torch.get_autocast_dtype(device)
     return inner.dtype
@@ -345,8 +345,8 @@ def encode_tree(
 
 
 def _encode_part(model: Any, layout: Layout, context: Context, above: int) -> Context:
-    inner = base_model(model)
-    device = inner.get_input_embeddings().weight.device
+    model, inner = uncompiled(model), base_model(model)
+    device = input_device(inner)
     if above:
         layout = Layout(
             tokens=layout.tokens,

@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixi
 from stemma.attention.rotary import rotate
 from stemma.cache.key_values import KeyValues
 from stemma.errors import UnsupportedModelError
-from stemma.models.adapter import base_model
+from stemma.models.adapter import base_model, input_device
 from stemma.models.layer_attention import KERNEL_PREFIX
 from stemma.models.limits import dynamic_rope_limit, max_positions, vocabulary_size
 from stemma.models.support import refuse_adapters_of_rows
@@ -104,7 +104,7 @@ def encode(
         The cache of all tokens.
     """
     inner = base_model(model)
-    device = inner.get_input_embeddings().weight.device
+    device = input_device(inner)
     cache = plain_cache(above) if cache is None else cache
     before = above[0].key.shape[2] if above else 0
     start = before if start is None else start

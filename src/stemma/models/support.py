@@ -4,12 +4,20 @@ import inspect
 from typing import Any
 
 from torch import nn
+from torch._dynamo import OptimizedModule
 from transformers import PreTrainedModel
 
 from stemma.errors import UnsupportedModelError
-from stemma.models.adapter import base_model
+from stemma.models.adapter import base_model, input_device, uncompiled
 
-__all__ = ["not_dispatching", "refuse_adapters_of_rows", "refuse_by_structure", "refuse_unsuitable"]
+__all__ = [
+    "not_dispatching",
+    "refuse_adapters_of_rows",
+    "refuse_by_structure",
+    "refuse_compiled_parts",
+    "refuse_meta",
+    "refuse_unsuitable",
+]
 
 _LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 
@@ -108,4 +116,32 @@ def refuse_adapters_of_rows(model: nn.Module) -> None:
                 f"{type(model).__name__} has an activated LoRA adapter (alora_invocation_tokens), which looks for its "
                 "invocation in each row, so tokens of a shared prefix differ from row to row. Use an ordinary LoRA "
                 "adapter, or the model's own generate."
+            )
+
+
+def refuse_meta(model: nn.Module) -> None:
+    """Refuse weights that are only described (and not offloaded to where accelerate finds them).
+
+    Raises:
+        UnsupportedModelError: names the model.
+    """
+    if input_device(model).type == "meta":
+        raise UnsupportedModelError(
+            f"the weights of {type(base_model(model)).__name__} are on the meta device, so nothing can be computed "
+            "with them. Load them; stemma.explain does without."
+        )
+
+
+def refuse_compiled_parts(model: nn.Module) -> None:
+    """Refuse a model of which a part, or which in place, is compiled; `torch.compile(model)` is looked behind.
+
+    Raises:
+        UnsupportedModelError: names the part.
+    """
+    for module in uncompiled(model).modules():
+        if isinstance(module, OptimizedModule) or module.__dict__.get("_compiled_call_impl") is not None:
+            raise UnsupportedModelError(
+                f"{type(module).__name__}, a part of the model or all of it, is compiled, and what is compiled cannot "
+                "run over a prefix tree. Use torch.compile(model) on the whole, which is looked behind here, not "
+                "model.compile() or compiled layers."
             )

@@ -19,8 +19,8 @@ def weights_state(model: nn.Module) -> tuple[object, ...]:
     Seen are other tensors in their places, another precision, device or memory (`p.data = ...`), and every write that
     torch counts (optimizers, `copy_` and the like under `no_grad`), as autograd sees them. Not seen are writes past
     the count (`p.data.mul_(...)`, and into tensors made in inference mode, which have none), and the rotary
-    frequencies that models with "dynamic" or "longrope" scaling set anew in every forward. Which adapters are active is
-    for `stemma.models.fingerprint.active_adapters`.
+    frequencies that models with "dynamic" or "longrope" scaling set anew in every forward, and offloaded weights. Which
+    adapters are active is for `stemma.models.fingerprint.active_adapters`.
     """
     marks: list[object] = []
     for tensor in _tensors(base_model(model)):
@@ -46,6 +46,8 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
     while rest:
         module = rest.pop()
         rest += [below for below in module._modules.values() if below is not None]
+        if getattr(module.__dict__.get("_hf_hook"), "offload", False):
+            continue  # of accelerate: the weights come anew for each forward
         yield from (parameter for parameter in module._parameters.values() if parameter is not None)
         if module._buffers:
             yield from (buffer for _, buffer in _buffers(module))

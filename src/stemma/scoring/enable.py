@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from stemma.errors import StemmaError, UnsupportedModelError
-from stemma.models.adapter import IMPLEMENTATION_PREFIX, base_model, implementations, is_enabled, register
+from stemma.models.adapter import IMPLEMENTATION_PREFIX, base_model, implementations, input_device, is_enabled, register
 from stemma.models.limits import vocabulary_size
 from stemma.models.rounding import higher_precision, in_higher_precision, is_materialised, rounded_anew
-from stemma.models.support import not_dispatching, refuse_unsuitable
+from stemma.models.support import not_dispatching, refuse_compiled_parts, refuse_unsuitable
 from stemma.prefix.tree import PrefixTree
 from stemma.scoring.forward import ForwardSettings, Targets, plain_forward, tree_forward
 
@@ -38,7 +38,7 @@ def enable(model: Any, *, self_test: bool = True) -> Any:
 
     Call this before threads share the model: switching attention under another thread's forward is not safe.
 
-    ```python
+    ``python
     import stemma
     from stemma.models.tiny import tiny_model
 
@@ -46,7 +46,7 @@ def enable(model: Any, *, self_test: bool = True) -> Any:
     print(model.config._attn_implementation)
     # prints: stemma_sdpa
     stemma.disable(model)
-    ```
+    ``
 
     Args:
         model: a causal language model of transformers, plain or wrapped (PEFT, DDP, FSDP). Changed in place: its
@@ -68,6 +68,7 @@ def enable(model: Any, *, self_test: bool = True) -> Any:
             before, after = implementations(inner.config, str), implementations(inner.config, register)
             test = None
             if self_test and is_materialised(inner):
+                refuse_compiled_parts(model)
                 test = SelfTest(model)  # its reference comes from the model as it is
             try:
                 inner.set_attn_implementation(after)
@@ -127,7 +128,7 @@ def while_enabled(model: Any, *, self_test: bool = True) -> Iterator[None]:
 @contextmanager
 def _without_autocast(model: nn.Module) -> Iterator[None]:
     """Autocast off, so that weights of one precision are computed with in it; weights of several may need it."""
-    device = base_model(model).get_input_embeddings().weight.device.type
+    device = input_device(model).type
     mixed = len({p.dtype for p in model.parameters() if p.is_floating_point()}) > 1
     with torch.autocast(device, enabled=mixed and torch.is_autocast_enabled(device)):
         yield

@@ -12,7 +12,7 @@ from torch import nn
 
 from stemma.models.adapter import base_model, is_enabled
 from stemma.models.limits import check_batch, dynamic_rope_limit, model_shape
-from stemma.models.support import refuse_by_structure
+from stemma.models.support import refuse_by_structure, refuse_meta
 from stemma.prefix.economy import Economy, economy
 from stemma.prefix.parts import partition, plain_rows, walk
 from stemma.prefix.tree import PrefixTree
@@ -85,7 +85,7 @@ def explain(model: nn.Module, tree: PrefixTree, *, max_tokens: int | None = None
     Where no self-test of `stemma.enable` has run, a model that config and modules show to be unfit is refused; for
     others `reasons` ends with the reminder that exactness is not checked here.
 
-    ```python
+    ``python
     import stemma
     from stemma.models.tiny import tiny_model
 
@@ -93,7 +93,7 @@ def explain(model: nn.Module, tree: PrefixTree, *, max_tokens: int | None = None
     plan = stemma.explain(tiny_model("llama"), tree)
     print(plan.mode, f"{plan.token_ratio:.2f} times fewer tokens, at most {plan.flops_ratio:.2f} times faster")
     # prints: shared 2.54 times fewer tokens, at most 2.45 times faster
-    ```
+    ``
 
     Args:
         model: a causal language model of transformers.
@@ -184,6 +184,7 @@ def choose_mode(model: nn.Module, tree: PrefixTree, mode: Mode, max_tokens: int 
     _check_budget(max_tokens)
     check_batch(model, tree)
     if mode == "plain":
+        refuse_meta(model)
         return "plain"
     check_model(model)
     if mode == "auto" and economy(tree, model_shape(base_model(model))).flops_ratio < WORTH_IT:

@@ -10,7 +10,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo import OptimizedModule
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedModel
@@ -18,7 +17,7 @@ from transformers import PreTrainedModel
 from stemma.errors import UnsupportedModelError
 from stemma.models.adapter import base_model, input_device, is_enabled, uncompiled
 from stemma.models.limits import dynamic_rope_limit, vocabulary_size
-from stemma.models.support import refuse_adapters_of_rows
+from stemma.models.support import refuse_adapters_of_rows, refuse_compiled_parts, refuse_meta
 from stemma.prefix.tree import PrefixTree
 
 __all__ = ["check_model", "check_streaming"]
@@ -41,22 +40,13 @@ def check_model(model: nn.Module) -> None:
             "config.output_attentions asks for attention weights, which tree attention never forms. "
             'Set it to False. (stemma.score and stemma.backward leave it alone in mode="plain".)'
         )
-    if input_device(model).type == "meta":
-        raise UnsupportedModelError(
-            f"the weights of {type(inner).__name__} are on the meta device, so nothing can be computed with them. Load "
-            "them; stemma.explain does without."
-        )
+    refuse_meta(model)
+    refuse_compiled_parts(model)
     refuse_adapters_of_rows(model)
     modes, hooks = [], 0
     for module in model.modules():
         modes.append(module.training)
         hooks += len(module._forward_hooks) + len(module._forward_pre_hooks)
-        if isinstance(module, OptimizedModule) or module.__dict__.get("_compiled_call_impl") is not None:
-            raise UnsupportedModelError(
-                f"{type(module).__name__} is a compiled part of the model, and a compiled part cannot run over a "
-                "prefix tree. Compile the whole model with torch.compile(model), which scoring looks behind, or "
-                "nothing."
-            )
     if any(modes):
         _refuse_randomness(model, inner, (tuple(modes), hooks))
 

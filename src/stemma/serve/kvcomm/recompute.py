@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicLayer
 from stemma.cache.key_values import KeyValues
 from stemma.cache.offsets import Layers
 from stemma.errors import UnsupportedModelError
-from stemma.models.adapter import base_model
+from stemma.models.adapter import base_model, input_device
 from stemma.models.rotary import cached_states, encode, few_logits, plain_cache
 
 __all__ = ["first_layer", "key_errors", "recompute", "second_layer", "token_errors", "windows"]
@@ -39,7 +39,7 @@ class _Stop(DynamicLayer):
 @torch.no_grad()
 def _rerun(model: Any, ids: Sequence[int], positions: Tensor, cache: DynamicCache) -> None:
     inner = base_model(model)
-    device = inner.get_input_embeddings().weight.device
+    device = input_device(inner)
     _refuse_other_masks(inner)
     before, positions = cache.get_seq_length(), positions.to(device)
     hidden = torch.ones(positions.numel(), before + positions.numel(), dtype=torch.bool, device=device)

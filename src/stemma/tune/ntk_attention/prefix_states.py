@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from stemma.errors import InvalidBatchError, UnsupportedModelError
-from stemma.models.adapter import base_model, is_enabled
+from stemma.models.adapter import base_model, input_device, is_enabled
 from stemma.models.layer_attention import observed_attention
 from stemma.models.limits import dynamic_rope_limit, max_positions
 from stemma.scoring.enable import enable
@@ -137,7 +137,7 @@ def prefix_cache(model: Any, prefix: KeyValues, rows: int) -> Any:
     from transformers import DynamicCache
 
     inner, probe, cache = base_model(model), DynamicCache(), DynamicCache()
-    device = inner.get_input_embeddings().weight.device
+    device = input_device(inner)
     inner(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device), past_key_values=probe, use_cache=True)
     kept = [tuple((x.shape[1], x.shape[3]) for x in (layer.keys, layer.values)) for layer in probe.layers]
     if kept != [tuple((x.shape[1], x.shape[3]) for x in states) for states in prefix.values()]:
@@ -169,7 +169,7 @@ def attention_calls(model: Any, ids: Tensor, positions: Tensor | None = None) ->
         seen[module] = (query, key, value, scale)
 
     inner = base_model(model)
-    device = inner.get_input_embeddings().weight.device
+    device = input_device(inner)
     extra = {} if positions is None else {"position_ids": positions.to(device)}
     training = {module: module.training for module in inner.modules()}
     inner.eval()
