@@ -162,3 +162,18 @@ def test_resume_may_find_its_saved_prefix(arguments, output, tmp_path, monkeypat
     assert main([*arguments, *flags, "--resume"]) == 0
     assert names(tmp_path / "encoded") == ["prefix.json", "prefix.safetensors"]
     assert len(output.read_text(encoding="utf-8").splitlines()) == 5
+
+
+def test_another_model_in_the_same_folder_is_not_gone_on_with(arguments, folder, output, capsys, monkeypatch):
+    weights = folder / "model.safetensors"
+    kept = weights.read_bytes()
+    with monkeypatch.context() as patch:
+        failing(patch, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
+        assert main([*arguments, "--batch-size=2"]) == 130
+    weights.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+    try:
+        assert main([*arguments, "--batch-size=2", "--resume"]) == 2
+    finally:
+        weights.write_bytes(kept)
+    assert "the digest of the model's files is" in capsys.readouterr().err
+    assert main([*arguments, "--batch-size=2", "--resume"]) == 0

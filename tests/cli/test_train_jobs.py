@@ -59,6 +59,26 @@ def test_prompts_may_have_a_demonstration(model: str, tmp_path: Path) -> None:
     assert None in demonstrations(found)
 
 
+def test_held_out_rows_are_told_by_their_own_text(model: str, tmp_path: Path) -> None:
+    """Whatever the order of the file and whatever lines join it: what was trained on is not held out afterwards."""
+    rows = [{"prompt": f"one two {n} ####", "answer": str(n)} for n in range(20)]
+
+    def split(rows: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
+        found = job(model, tmp_path, rows, eval_prompts=4, demonstrations=False)
+        return [row["prompt"] for row in found.eval_rows], [row["prompt"] for row in found.rows]
+
+    held_out, asked = split(rows)
+    assert len(held_out) == 4
+    assert sorted(held_out + asked) == sorted(row["prompt"] for row in rows)
+    assert split(rows[::-1]) == (held_out, asked)
+    for n in range(8):
+        assert not set(split([*rows, {"prompt": f"new {n}", "answer": "5"}])[0]) & set(asked)
+    # A prompt that stands in the file several times is on one side only.
+    again, others = split([*rows, *rows])
+    assert not set(again) & set(others)
+    assert set(again) <= set(held_out)
+
+
 def test_the_embedded_task_demonstrates_shortest_solutions() -> None:
     common: dict[str, Any] = {"shots": 1, "sft_steps": 0, "eval_prompts": 2, "seed": 1}
     found = diallock_job(**common, demonstrations=True)

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from stemma.errors import UnsupportedModelError
-from stemma.models.loading import load_config, load_model, load_tokenizer
+from stemma.models.loading import load_config, load_model, load_tokenizer, model_digest
 from stemma.models.tiny import byte_tokenizer, tiny_config, tiny_model
 
 
@@ -21,6 +22,28 @@ def test_a_checkpoint_comes_back_with_its_weights(folder: Path) -> None:
     assert not model.training
     for name, weight in tiny_model("qwen2", vocab_size=64, hidden_size=32, seed=3).state_dict().items():
         assert torch.equal(model.state_dict()[name], weight), name
+
+
+def test_missing_weights_are_refused_not_made_up(folder: Path) -> None:
+    """transformers reports them as newly initialised and goes on."""
+    tensors = load_file(folder / "model.safetensors")
+    tied = {name: value for name, value in tensors.items() if "up_proj" not in name}
+    save_file(tied, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UnsupportedModelError, match=r"not whole: .*up_proj\.weight.* are missing"):
+        load_model(str(folder))
+
+
+def test_the_digest_of_a_model_is_of_its_weights_config_and_tokenizer(folder: Path) -> None:
+    byte_tokenizer().save_pretrained(folder)
+    whole = model_digest(str(folder))
+    (folder / "README.md").write_text("words")
+    assert model_digest(str(folder)) == whole
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        before = (folder / name).read_bytes()
+        (folder / name).write_bytes(before + b" ")
+        assert model_digest(str(folder)) != whole
+        (folder / name).write_bytes(before)
+    assert model_digest(str(folder)) == whole
 
 
 def test_random_weights_follow_the_seed_and_leave_the_global_state(folder: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stemma.data import diallock
@@ -70,6 +71,14 @@ def test_adapter_weights_are_restored(tmp_path: Path) -> None:
     path = save_step(tmp_path, 1, saved)
     load_weights(other, path)
     assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), other.parameters()))
+    file = path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({name: tensors[name] for name in list(tensors)[1:]}, file)
+    with pytest.raises(InvalidDataError, match=r"cannot read the weights in .*adapter is not whole.*another"):
+        load_weights(other, path)
+    file.unlink()
+    with pytest.raises(InvalidDataError, match=r"there is no adapter_model\.safetensors"):
+        load_weights(other, path)
 
 
 def test_only_whole_checkpoints_count_and_old_ones_go(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """What `stemma train` trains on: the model, the prompts and their verifier, and the supervised batches before them."""
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -13,8 +14,9 @@ from torch.nn.utils.rnn import pad_sequence
 from stemma.data import diallock, gsm8k
 from stemma.data.records import PromptRecord, read_jsonl
 from stemma.errors import InvalidDataError
+from stemma.files import digest
 from stemma.models.limits import check_prompts
-from stemma.models.loading import load_model, load_tokenizer
+from stemma.models.loading import load_model, load_tokenizer, model_digest
 from stemma.models.tiny import tiny_model
 from stemma.models.tokens import text_ids
 from stemma.rl.grpo import ShuffledRows
@@ -48,6 +50,8 @@ class Job:
     """Whether a prefix of a solution (token ids) may end there; None: anywhere."""
     names: Sequence[str] = ()
     """File and line of each of `eval_rows` and `rows`."""
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    """Digests of the files that it was made of, by the options that name them."""
 
     def check(self, max_new_tokens: int) -> None:
         """Refuse prompts that leave no room for a completion: all of a data set, of an endless source the first.
@@ -136,8 +140,7 @@ def checkpoint_job(
         shots, items = 0, gsm8k.read_answered_prompts(dataset)
         if demonstrations and all(record.demonstration is None for record in items):
             raise InvalidDataError(f"{dataset} demonstrates nothing; add solutions as text in a field 'demonstration'")
-    Random(stream_seed(seed, "split")).shuffle(items)
-    held_out, asked = items[:eval_prompts], items[eval_prompts:]
+    held_out, asked = _split(items, eval_prompts, stream_seed(seed, "split"))
     if len(asked) <= shots:
         raise InvalidDataError(
             f"{dataset} has {len(items)} prompts besides {shots} shots, and {eval_prompts} are held out for "
@@ -175,7 +178,21 @@ def checkpoint_job(
         rows=rows,
         names=[record.where for record in (*held_out_records, *asked_records)],
         is_boundary=lambda ids, cut: gsm8k.final_text(tokenizer.decode(ids[:cut])) is None,
+        inputs={"dataset": digest(dataset), "model": model_digest(model)},
     )
+
+
+def _split(items: Sequence[Any], count: int, seed: int) -> tuple[list[Any], list[Any]]:
+    """Held-out items and the others, in an order that each item's own text decides: it depends neither on the order of
+    the file nor, but for the last places, on what else is in it. No text is on both sides."""
+
+    def place(item: Any) -> str:
+        return hashlib.sha256(f"{seed} {getattr(item, 'question', None) or item.prompt}".encode()).hexdigest()
+
+    ordered = sorted(items, key=place)
+    held_out = ordered[:count]
+    taken = {place(item) for item in held_out}
+    return held_out, [item for item in ordered if place(item) not in taken]
 
 
 class _EncodedRows(Sequence[dict[str, Any]]):

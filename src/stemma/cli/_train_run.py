@@ -1,5 +1,6 @@
 """One run of `stemma train`: supervised steps, GRPO, final model, report; from the start or from a checkpoint."""
 
+import json
 import platform
 import shlex
 import signal
@@ -17,7 +18,8 @@ from stemma.cli._train_options import Config, chosen, grpo_options, method_modul
 from stemma.data.traces import read_traces
 from stemma.decode.rollout import Generator, LocalGenerator
 from stemma.decode.server import ServerGenerator
-from stemma.errors import MissingExtraError, StemmaError
+from stemma.errors import InvalidDataError, MissingExtraError, StemmaError
+from stemma.files import digest, write_json
 from stemma.rl import grpo
 from stemma.rl.engine.hooks import Run
 from stemma.rl.engine.options import CreditName
@@ -29,6 +31,9 @@ from stemma.train.sharding import full_model_state_dict
 from stemma.train.tracking import Tracker, start_trackers
 
 __all__ = ["Training"]
+
+_INPUTS = "inputs.json"
+"""Digests of the data set, the traces and the model that a run was begun with."""
 
 
 class Training:
@@ -56,6 +61,7 @@ class Training:
         self.sft_steps = config.sft_steps or 0
         self.total = self.sft_steps + config.max_steps
         self.checkpoint = checkpoint.latest(self.folder) if resume else None
+        self._check_inputs()
         self.state: Mapping[str, Any] = {"phase": "sft", "global_step": 0}
         if self.checkpoint is not None:
             self.state = checkpoint.load_state(self.checkpoint)
@@ -202,6 +208,33 @@ class Training:
         config = self.config
         grpo.check(self.model, grpo_options(config), generator=self.hooks["generator"], accelerator=self.accelerator)
         self.job.check(config.max_completion_length or 1)
+
+    def _check_inputs(self) -> None:
+        """Keep the digests of what the run reads, or compare with those that it began with.
+
+        Raises:
+            InvalidDataError: the data or the model have changed since.
+        """
+        inputs = dict(self.job.inputs)
+        if self.config.traces is not None:
+            inputs["traces"] = digest(self.config.traces)
+        path = self.folder / _INPUTS
+        if self.checkpoint is None:  # nothing was computed from them yet
+            if self.accelerator.is_main_process:
+                write_json(path, inputs)
+            return
+        try:
+            kept = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise InvalidDataError(
+                f"cannot read {path}, the digests of what the run was begun with: {error}"
+            ) from error
+        for name, value in inputs.items():
+            if kept.get(name) != value:
+                raise InvalidDataError(
+                    f"--{name} {getattr(self.config, name)} has changed since the run in '{self.folder}' began (its "
+                    f"files have another digest); put them back, or begin a new run with another --output-dir"
+                )
 
     def _generator(self) -> Generator:
         """What samples: the model in this process, or a server."""

@@ -308,6 +308,7 @@ def _check_save_prefix(config: Config) -> None:
 
 def _settings(config: Config) -> dict[str, Any]:
     """What decides the lines; a resumed generation must have the same."""
+    from stemma.models.loading import model_digest
 
     def digest(path: Path) -> str:
         return "sha256 " + hashlib.sha256(path.read_bytes() if path.is_file() else b"").hexdigest()[:16]
@@ -315,6 +316,7 @@ def _settings(config: Config) -> dict[str, Any]:
     apart = ("prompts", "prefix", "save_prefix", "output", "resume", "stop_strings", "report")
     values = {name: value for name, value in vars(config).items() if name not in apart}
     values |= {"stop_strings": list(config.stop_strings), "prompts": digest(config.prompts), "prefix": None}
+    values["the digest of the model's files"] = model_digest(config.model)
     if config.prefix is not None:
         values["prefix"] = digest(config.prefix / "prefix.json" if config.prefix.is_dir() else config.prefix)
     return values

@@ -60,7 +60,7 @@ def _open_folder(config: Config) -> None:
     if not config.resume:
         # A run that was refused before it began left its settings and nothing else: nothing is lost by starting anew.
         if folder.exists() and (
-            not folder.is_dir() or any(item.name not in (_STORED, ".lock") for item in folder.iterdir())
+            not folder.is_dir() or any(item.name not in (_STORED, "inputs.json", ".lock") for item in folder.iterdir())
         ):
             raise InvalidDataError(
                 f"the run folder '{folder}' exists already; continue it with --resume, or choose another --output-dir"

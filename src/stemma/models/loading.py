@@ -4,11 +4,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stemma.errors import UnsupportedModelError
+from stemma.files import digest
+from stemma.train.pretrained import whole_model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-__all__ = ["load_config", "load_model", "load_tokenizer"]
+__all__ = ["load_config", "load_model", "load_tokenizer", "model_digest"]
 
 
 def load_config(reference: str) -> "PretrainedConfig":
@@ -91,7 +93,7 @@ def load_model(
                 model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
             return model.eval()
         _refuse_file(reference)
-        model = AutoModelForCausalLM.from_pretrained(reference, dtype=getattr(torch, dtype))
+        model = whole_model(AutoModelForCausalLM, reference, dtype=getattr(torch, dtype))
         return model.to(device).eval()
     except SafetensorError as error:
         raise UnsupportedModelError(
@@ -105,6 +107,27 @@ def load_model(
             f"'{reference}' (model type '{config.model_type}') could not be loaded as a causal language model: "
             f"{_first_line(error)}"
         ) from error
+
+
+def model_digest(reference: str) -> str:
+    """A digest of the files that a model and its tokenizer are loaded from: another one, another model.
+
+    Args:
+        reference: a model folder or a hub id.
+
+    Raises:
+        UnsupportedModelError: no model is there.
+    """
+    from transformers.utils import cached_file
+
+    _refuse_file(reference)
+    load_config(reference)
+    config = cached_file(reference, "config.json")
+    assert config is not None
+    suffixes = {".json", ".safetensors", ".bin", ".model", ".txt", ".jinja"}
+    # A training run keeps its progress beside the model of a checkpoint.
+    files = (path for path in Path(config).parent.iterdir() if path.name != "trainer_state.json")
+    return digest(*sorted(path for path in files if path.suffix in suffixes and path.is_file()))
 
 
 def _refuse_file(reference: str) -> None:

@@ -21,6 +21,7 @@ from torch import nn
 
 from stemma.errors import InvalidDataError, OutputError
 from stemma.files import remove, replacing, write_json
+from stemma.train.pretrained import whole_model
 from stemma.train.sharding import load_full_model_state_dict
 
 __all__ = ["StopSignal", "latest", "load_state", "load_weights", "save", "save_model"]
@@ -132,16 +133,34 @@ def load_state(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def load_weights(model: nn.Module, checkpoint: str | os.PathLike[str]) -> None:
-    """Copy a checkpoint's parameters into `model`, which has the same architecture (or the same peft adapter)."""
-    peft_config = getattr(model, "peft_config", None)
-    if peft_config is not None:
-        from peft import load_peft_weights, set_peft_model_state_dict
+    """Copy a checkpoint's parameters into `model`, which has the same architecture (or the same peft adapter).
 
-        set_peft_model_state_dict(model, load_peft_weights(str(checkpoint), device="cpu"))
-        return
-    dtype = next(model.parameters()).dtype
-    stored = type(model).from_pretrained(checkpoint, dtype=dtype)  # type: ignore[attr-defined]
-    load_full_model_state_dict(model, stored.state_dict())
+    Raises:
+        InvalidDataError: the weights are missing, damaged or not whole.
+    """
+    try:
+        if getattr(model, "peft_config", None) is not None:
+            _load_adapter(model, checkpoint)
+            return
+        stored = whole_model(type(model), checkpoint, dtype=next(model.parameters()).dtype)
+        load_full_model_state_dict(model, stored.state_dict())
+    except Exception as error:  # transformers, peft and safetensors raise many kinds here
+        raise InvalidDataError(
+            f"cannot read the weights in {checkpoint}: {' '.join(str(error).split())[:300]}. Resume from another "
+            "checkpoint by removing this one"
+        ) from error
+
+
+def _load_adapter(model: nn.Module, checkpoint: str | os.PathLike[str]) -> None:
+    from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+
+    if not any((Path(checkpoint) / f"adapter_model.{kind}").is_file() for kind in ("safetensors", "bin")):
+        raise FileNotFoundError("there is no adapter_model.safetensors")  # peft would look for it on the hub
+    stored = load_peft_weights(str(checkpoint), device="cpu")
+    missing = sorted(get_peft_model_state_dict(model).keys() - stored.keys())
+    if missing:
+        raise ValueError(f"the adapter is not whole, {missing[0]} is missing")
+    set_peft_model_state_dict(model, stored)
 
 
 class StopSignal:

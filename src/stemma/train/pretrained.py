@@ -1,0 +1,23 @@
+"""Models from folders that hold all of their weights."""
+
+from os import PathLike
+from typing import Any
+
+__all__ = ["whole_model"]
+
+
+def whole_model(model_class: Any, reference: str | PathLike[str], **options: Any) -> Any:
+    """`model_class.from_pretrained`, where every parameter has to come from the files.
+
+    Raises:
+        ValueError: the files lack parameters, which transformers would make up; names the first ones.
+        Exception: what transformers raises for files that it cannot read.
+    """
+    model, loading = model_class.from_pretrained(reference, output_loading_info=True, **options)
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ValueError(
+            f"the weights are not whole: {', '.join(missing[:3])}{more} are missing and would be newly initialised"
+        )
+    return model
