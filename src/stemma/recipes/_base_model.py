@@ -34,6 +34,7 @@ from stemma.models.tiny import byte_tokenizer, tiny_model
 from stemma.recipes._runs import Options, fingerprint, kept_folder
 from stemma.train import sft
 from stemma.train.checkpoint import save_model
+from stemma.train.fit import run_steps
 from stemma.train.seeds import stream
 
 __all__ = ["BaseModel", "Config", "GivenModel", "python_base", "text_rows"]
@@ -269,10 +270,14 @@ def _train(config: Config, corpus: bytes, say: Callable[[str], None]) -> Any:
     size = sum(parameter.numel() for parameter in model.parameters())
     say(f"base model: {size:,} parameters, {len(corpus) / 1e6:.1f} MB of library sources, {len(plan)} steps")
     recent: list[float] = []
-    for step in range(1, len(plan) + 1):
-        recent.append(trainer.step()["loss"] / math.log(2))
+
+    def tell(metrics: Mapping[str, float]) -> None:
+        step = trainer.completed_steps
+        recent.append(metrics["loss"] / math.log(2))
         if step % 50 == 0 or step == len(plan):
             length, mean = plan[step - 1][0], sum(recent) / len(recent)
             say(f"base model: step {step}, rows of {length} bytes, {mean:.3f} bits per byte")
             recent.clear()
+
+    run_steps(trainer, on_step=tell)
     return model

@@ -24,6 +24,7 @@ from stemma.rl.engine.hooks import Row, Run, ShuffledRows, sample
 from stemma.rl.grpo import Config, Trainer
 from stemma.train import sft
 from stemma.train.checkpoint import load_weights
+from stemma.train.fit import run_steps
 from stemma.train.seeds import stream_seed
 
 __all__ = ["QUICK_BASE", "BasePolicy", "Study", "Task", "hard_study", "plain_rows"]
@@ -86,10 +87,12 @@ class BasePolicy:
         )
         trainer = sft.Trainer(model, options, batches=batches)
         say(f"base policy: {sum(p.numel() for p in model.parameters()):,} parameters, {self.steps} supervised steps")
-        for step in range(1, self.steps + 1):
-            metrics = trainer.step()
-            if step % 100 == 0 or step == self.steps:
-                say(f"base policy: step {step}, loss {metrics['loss']:.3f}")
+
+        def tell(metrics: Mapping[str, float]) -> None:
+            if trainer.completed_steps % 100 == 0 or trainer.completed_steps == self.steps:
+                say(f"base policy: step {trainer.completed_steps}, loss {metrics['loss']:.3f}")
+
+        run_steps(trainer, on_step=tell)
         return model
 
 

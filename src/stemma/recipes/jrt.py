@@ -11,7 +11,7 @@ No `--model`: a recurrent model that reads twice is trained from scratch; no pre
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from statistics import fmean
@@ -28,7 +28,7 @@ from stemma.pretrain.jrt.model import PrefixLinearAttentionForCausalLM
 from stemma.recipes._report import Report
 from stemma.recipes._runs import Options, Runs
 from stemma.recipes._statistics import mean_and_error
-from stemma.train.optimizer import adamw, apply_gradients, schedule
+from stemma.train import fit
 from stemma.train.seeds import stream, stream_seed
 
 __all__ = [
@@ -212,24 +212,38 @@ def rows_for(method: str, examples: Examples) -> tuple[Tensor, Tensor, int]:
     return ids, labels, context.shape[1]
 
 
+def answer_loss(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+    """Cross-entropy of the answers, summed."""
+    logits = model(batch["input_ids"], prefix_lengths=batch["prefix_lengths"]).logits
+    return F.cross_entropy(logits.flatten(0, 1), batch["answers"].flatten(), reduction="sum"), {}
+
+
 def train(setting: Setting, method: str, feature_dim: int, task: Task, seed: int) -> dict[str, Any]:
     """Train one model and measure it on rows it has not seen.
 
     Returns:
         `accuracy`, by kind of row; the `parameters` of the model; the last `loss`.
     """
-    model = setting.model(method, feature_dim, task, seed).train()
-    optimizer = adamw(model, learning_rate=setting.learning_rate, weight_decay=0.01)
-    rate = schedule(optimizer, "linear", warmup_steps=task.steps // 20, total_steps=task.steps)
-    loss = torch.zeros(())
-    for step in range(task.steps):
+
+    def batches(step: int) -> dict[str, Tensor]:
         drawn = task.draw(setting.batch, stream(seed, task.name, "train", step))
         rows, answers, prefixes = zip(*(rows_for(method, examples) for examples in drawn), strict=True)
         lengths = torch.full((setting.batch,), prefixes[0])
-        logits = model(torch.cat(rows), prefix_lengths=lengths).logits
-        loss = F.cross_entropy(logits.flatten(0, 1), torch.cat(answers).flatten())
-        loss.backward()
-        apply_gradients(optimizer, rate, max_grad_norm=1.0, what=f"step {step}")
+        return {"input_ids": torch.cat(rows), "prefix_lengths": lengths, "answers": torch.cat(answers)}
+
+    model = setting.model(method, feature_dim, task, seed)
+    config = fit.Config(
+        max_steps=task.steps,
+        learning_rate=setting.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=task.steps // 20,
+        adam_beta2=0.999,
+    )
+    losses: list[float] = []
+    trainer = fit.Trainer(
+        model, config, batches=batches, loss=answer_loss, num_items=lambda batch: int((batch["answers"] != -100).sum())
+    )
+    fit.run_steps(trainer, on_step=lambda metrics: losses.append(metrics["loss"]))
     model.eval()
     accuracy = {}
     for examples in task.draw(setting.test_rows, stream(seed, task.name, "test")):
@@ -238,7 +252,7 @@ def train(setting: Setting, method: str, feature_dim: int, task: Task, seed: int
             logits = model(ids, prefix_lengths=torch.full((len(ids),), prefix), use_cache=False).logits
         asked = labels != -100
         accuracy[examples.kind] = (logits.argmax(-1) == labels)[asked].double().mean().item()
-    return {"accuracy": accuracy, "parameters": model.num_parameters(), "loss": loss.item()}
+    return {"accuracy": accuracy, "parameters": model.num_parameters(), "loss": losses[-1]}
 
 
 def prefill_flops(kind: str, length: int, *, heads: int, head_dim: int, feature_dim: int, chunk: int) -> int:

@@ -25,6 +25,7 @@ from stemma.recipes._report import Report
 from stemma.recipes._runs import Options, Runs, fingerprint
 from stemma.recipes._statistics import mean_and_error
 from stemma.train import sft
+from stemma.train.fit import run_steps
 from stemma.train.seeds import stream, stream_seed
 from stemma.tune.ntk_attention import Config, attach, parameter_count
 
@@ -262,11 +263,15 @@ def _tune(setting: Setting, base: BaseModel | GivenModel, method: str, rate: flo
     every = max(1, setting.steps // setting.evaluations)
     curve = [[step, math.inf] for step in range(every, setting.steps + 1, every)]
     found: dict[str, Any] = {"rate": rate, "curve": curve, "bits_per_byte": math.inf, "parameters": count}
+
+    def evaluate() -> dict[str, float]:
+        bits, step = _bits(model, validation), trainer.completed_steps
+        if step and step % every == 0:
+            curve[step // every - 1][1] = bits
+        return {"bits": bits}
+
     try:
-        for step in range(1, setting.steps + 1):
-            trainer.step()
-            if step % every == 0:
-                curve[step // every - 1][1] = _bits(model, validation)
+        run_steps(trainer, evaluate=evaluate, eval_steps=every)
     except FloatingPointError:  # of too high a rate
         return found
     if isinstance(base, GivenModel):

@@ -56,7 +56,7 @@ def run(options: Options) -> dict[str, Any]:
     quick, given = options.quick, options.model is not None
     base = GivenModel.load(options.model) if options.model else python_base(options)
     enable(base.model, self_test=False)
-    seeds = options.seeds or (1 if quick else 8 if given else 6)
+    seeds = options.seeds or (1 if quick else 6)
     prompt, behind, rows = (768, 32, 1) if quick else (512, 64, 1) if given else (1024, 128, 12)
     planted = f"8 of 4 heads of 32, temperatures {TEMPERATURES[0]} to {TEMPERATURES[1]}, 512 tokens"
     source = "passages of the language reference" if given else "unseen library files"

@@ -24,6 +24,7 @@ from stemma.recipes._report import Report
 from stemma.recipes._runs import Options
 from stemma.rl import prefix_rft
 from stemma.train import sft
+from stemma.train.fit import run_steps
 from stemma.train.seeds import stream_seed
 
 __all__ = ["run"]
@@ -88,7 +89,8 @@ def _supervise(model: Any, episodes: list[diallock.Episode], seed: int, *, steps
 
     config = sft.Config(max_steps=steps, learning_rate=_SFT_RATE, warmup_steps=min(10, steps // 2))
     trainer = sft.Trainer(model, config, batches=batches)
-    losses = [trainer.step()["loss"] for _ in range(steps)]
+    losses: list[float] = []
+    run_steps(trainer, on_step=lambda metrics: losses.append(metrics["loss"]))
     return {"supervised_loss": [losses[0], losses[-1]]}
 
 
