@@ -88,6 +88,7 @@ def load(path: Path) -> list[Row]:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write under a temporary name in the same folder, then rename."""
+    path.parent.mkdir(exist_ok=True)
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as temporary:
         temporary.write(text)
     os.chmod(temporary.name, 0o644)

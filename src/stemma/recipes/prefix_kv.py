@@ -68,6 +68,8 @@ def run(options: Options) -> dict[str, Any]:
     }
     report = _Report("prefix-kv", "PrefixKV: each layer keeps as many keys as its attention spreads over", about)
     report.unit = base.unit
+    if given:
+        report.kept = KEPT[:-1]  # a twentieth of 512 tokens is less than the window that votes, which is kept
     runs = Runs(options.folder / "runs" / "prefix-kv")
     profile = _profile(base, prompt, 2 if given else rows)
     for seed in range(seeds):
@@ -211,6 +213,7 @@ class _Report(Report):
     def __init__(self, name: str, title: str, about: dict[str, Any]) -> None:
         super().__init__(name, title, about)
         self.unit = "byte"
+        self.kept: tuple[float, ...] = KEPT
         self.planted: list[dict[str, Any]] = []
         self.quality: list[dict[str, Any]] = []
         self.speed: list[dict[str, Any]] = []
@@ -263,7 +266,8 @@ class _Report(Report):
         """By share kept the values of all seeds; losses in thousandths."""
         scale = 1 if metric == "bytes" else 1e3
         columns = zip(*(run["found"][method] for run in self.quality), strict=True)
-        return {column[0]["kept"]: [scale * point[metric] for point in column] for column in columns}
+        found = {column[0]["kept"]: [scale * point[metric] for point in column] for column in columns}
+        return {keep: found[keep] for keep in self.kept}
 
     def plot(self, figure: Any) -> None:
         """Four panels against the share kept."""
@@ -287,7 +291,7 @@ class _Report(Report):
         for method in METHODS:
             for axis, metric in ((loss, "lost"), (divergence, "divergence")):
                 curve = self._curve(method, metric)
-                _errorbar(axis, KEPT, [curve[keep] for keep in KEPT], method)
+                _errorbar(axis, self.kept, [curve[keep] for keep in self.kept], method)
         loss.set(title="text behind the prompt", ylabel=f"loss added, 10⁻³ nats per {self.unit}")
         divergence.set(
             title="text behind the prompt", ylabel="divergence from the whole cache, 10⁻³ nats", yscale="log"
