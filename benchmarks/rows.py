@@ -15,7 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-SECTIONS = ("speed", "exactness", "memory", "streaming", "long_tree", "bf16", "rollout", "hydragen")
+SECTIONS = ("speed", "exactness", "memory", "streaming", "long_tree", "bf16", "rollout", "hydragen", "search")
 
 Row = dict[str, Any]
 _KEY = ("workload", "method", "metric", "baseline", "threads", "dtype")
@@ -123,7 +123,15 @@ def _cpu_model() -> str:
 
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for package in ("torch", "transformers", "prefix-grouper", "stemma-lm"):
+    for package in (
+        "torch",
+        "transformers",
+        "sentence-transformers",
+        "bm25s",
+        "faiss-cpu",
+        "prefix-grouper",
+        "stemma-lm",
+    ):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -98,7 +98,7 @@ def test_a_stale_index_is_refused_where_it_may_not_follow(corpus):
     corpus.add([{"id": "x", "text": "b"}])
     with pytest.raises(InvalidDataError, match="lacks 1 texts"):
         index.ranked("b", 1)
-    assert index.update() == 1
+    assert Dense(corpus, letters, follow=False).update() == 1  # as another process would
     assert "x" in index.ranked("b", 1000)
 
 
@@ -119,6 +119,19 @@ def test_another_encoder_or_corpus_is_noticed(corpus, tmp_path):
     (tmp_path / "c.sqlite.dense").rename(tmp_path / "other.sqlite.dense")
     with pytest.raises(InvalidDataError, match=r"other.sqlite.dense is not of this"):
         Dense(other, letters)
+
+
+def test_a_text_that_comes_at_the_end_of_an_update_is_found(corpus, monkeypatch):
+    late, numbers = [{"id": "late", "text": "mmmm"}], corpus.numbers
+
+    def meanwhile():
+        corpus.add([late.pop()] if late else [])
+        return numbers()
+
+    monkeypatch.setattr(corpus, "numbers", meanwhile)  # read last in an update
+    index = Dense(corpus, letters)
+    assert late == []
+    assert list(index.ranked("m", 1)) == ["late"]
 
 
 def test_an_older_copy_of_the_corpus_is_noticed(corpus, tmp_path):

@@ -1,5 +1,6 @@
 """What indexes of encoded texts share: a store of rows that follows a corpus, and one way to call any encoder."""
 
+import threading
 from collections.abc import Callable, Collection, Sequence
 from os import PathLike
 from typing import Any
@@ -45,6 +46,7 @@ class Encoded(Index):
         self.folder = corpus.path.with_name(f"{corpus.path.name}.{name}")
         self._store: Store | None = Store(self.folder) if self.folder.exists() else None
         self._revision = -1
+        self._lock = threading.Lock()
         if follow:
             self.update()
 
@@ -57,7 +59,11 @@ class Encoded(Index):
             InvalidDataError: the index belongs to another corpus or encoder, or the encoder gives what it should not.
             OutputError: another process is updating the index.
         """
-        self._check_encoder()
+        with self._lock:
+            return self._update(self.corpus.revision)
+
+    def _update(self, revision: int) -> int:
+        self._reopen()
         encoded = 0
         while chunk := self.corpus.texts(self._last_number, _CHUNK):
             arrays = self._encode([text for _, text in chunk], [number for number, _ in chunk])
@@ -65,7 +71,7 @@ class Encoded(Index):
                 self._store = self._open(arrays)
             self._store.append(**arrays, numbers=[number for number, _ in chunk])
             encoded += len(chunk)
-        self._look()
+        self._look(revision)
         return encoded
 
     # ------------------------------------------------------------------------------------------ for the two indexes
@@ -84,20 +90,21 @@ class Encoded(Index):
 
     def _current(self) -> Store | None:
         """The store, up to date with the corpus; None when both are empty."""
-        if self._revision != self.corpus.revision:
+        with self._lock:
+            revision = self.corpus.revision
+            if self._revision == revision:
+                return self._store
             if self.follow:
-                self.update()
-            else:
-                self._check_encoder()
-                lacking = len(self.corpus.texts(self._last_number, _CHUNK))
-                if lacking:
-                    more = " or more" if lacking == _CHUNK else ""
-                    raise InvalidDataError(
-                        f"{self.folder} lacks {lacking}{more} texts of {self.corpus.path}; "
-                        "call update(), or run `stemma index`"
-                    )
-                self._look()
-        return self._store
+                self._update(revision)
+                return self._store
+            self._reopen()
+            if lacking := len(self.corpus.texts(self._last_number, _CHUNK)):
+                more = " or more" if lacking == _CHUNK else ""
+                raise InvalidDataError(
+                    f"{self.folder} lacks {lacking}{more} texts of {self.corpus.path}; call update(), or `stemma index`"
+                )
+            self._look(revision)
+            return self._store
 
     def _allowed(self, within: Collection[str] | None) -> Array:
         """Which rows may be found, bool."""
@@ -122,17 +129,20 @@ class Encoded(Index):
     def _last_number(self) -> int:
         return int(self._store["numbers"][-1]) if self._store is not None and self._store.rows["numbers"] else 0
 
-    def _look(self) -> None:
-        """Note which documents the rows stand for."""
-        self._revision = self.corpus.revision
+    def _look(self, revision: int) -> None:
+        """Note which documents the rows stand for; of a later revision, there may be more."""
+        self._revision = revision
         names = self.corpus.numbers()
         numbers = [] if self._store is None else self._store["numbers"].tolist()
         self._ids = [names.get(number, "") for number in numbers]
         self._alive = np.fromiter((number in names for number in numbers), bool, len(numbers))
         self._row = {names[number]: row for row, number in enumerate(numbers) if number in names}
 
-    def _check_encoder(self) -> None:
-        """Once, encode the oldest and the newest text of the index again and compare."""
+    def _reopen(self) -> None:
+        """Open the store, to which another process may have added; the first time, compare what the encoder gives for
+        its oldest and its newest text."""
+        if self.folder.exists():
+            self._store = Store(self.folder)
         if self._store is None or self._revision >= 0:
             return
         if self._store.about.get("corpus") != self.corpus.id or self._last_number > self.corpus.last_number:

@@ -125,8 +125,9 @@ class Lexical(Index):
             for number, score in batch:
                 if len(found) >= k and score < last:
                     return best(found, k)
-                if allowed is None or names[number] in allowed:
-                    found[names[number]] = last = score
+                name = names.get(number)  # None for one that another process has just removed
+                if name is not None and (allowed is None or name in allowed):
+                    found[name] = last = score
         return best(found, k)
 
     def matched(self, query: str, ids: Collection[str]) -> dict[str, tuple[str, ...]]:

@@ -137,9 +137,9 @@ class Sparse(Encoded):
         begin, end = (int(self._store["ends"][row - 1]) if row else 0), int(self._store["ends"][row])
         return dict(zip(self._store["terms"][begin:end].tolist(), self._store["weights"][begin:end].tolist()))
 
-    def _look(self) -> None:
+    def _look(self, revision: int) -> None:
         """Sort the weights by term."""
-        super()._look()
+        super()._look(revision)
         if self._store is None:
             return
         size, terms = self._store.about["vocabulary"], self._store["terms"]
