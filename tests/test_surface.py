@@ -41,7 +41,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "check": ("model", "random_init", "sequences", "dtype", "device", "repeats", "seed"),
     "collect": (
         *("model", "dataset", "output", "resume", "limit", "samples_per_round", "max_samples", "temperature"),
-        *("max_completion_length", "shots", "sft_steps", "eval_prompts", "seed"),
+        *("max_completion_length", "stop_strings", "shots", "sft_steps", "eval_prompts", "seed"),
     ),
     "evaluate-run": ("qrels", "runs", "measures", "seed"),
     "explain": (

@@ -235,3 +235,19 @@ def test_a_broken_file_is_refused_before_a_model_is_loaded(
     monkeypatch.setattr(_train_jobs, "diallock_job", lambda **_: pytest.fail("a model was made"))
     assert main(["collect", f"--output={path}", "--resume"]) == 1
     assert "traces.jsonl, line 1: 'trace_ids' must be" in capsys.readouterr().err
+
+
+def test_stop_strings_end_a_completion(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "new" / "traces.jsonl"
+    cut = [*arguments[:-1], "--max-completion-length=8"]
+    assert main([*cut, "--stop-strings", "4", "5"]) == 0
+    traces = read_traces(path)
+    assert {trace.text for trace in traces if trace.solved} == {"\n#### 4"}
+    assert all("stop_strings=['4', '5']" in trace.source and "model files=" in trace.source for trace in traces)
+    capsys.readouterr()
+    assert main([*cut, "--resume"]) == 1
+    assert "was collected with other settings" in capsys.readouterr().err
+    assert main(["collect", "--stop-strings", "4"]) == 2
+    assert "--stop-strings need --model" in capsys.readouterr().err

@@ -127,10 +127,11 @@ def test_a_seed_decides_the_traces_and_a_problem_does_not_depend_on_the_others(c
     assert collect(problem_rows(6)[:3], path=None) == collect(path=None)[:3]
 
 
-def test_a_completion_that_was_cut_off_is_no_success(collect: Make) -> None:
+def test_a_completion_that_was_cut_off_counts_by_its_answer(collect: Make) -> None:
     generator = Scripted(lambda prompt, index: [3, 3] if index == 0 else [4, EOS])
     traces = collect(problem_rows(1), lambda completions, **_: [1.0] * len(completions), generator=generator)
-    assert traces[0].trace_ids == [4, EOS]
+    assert traces[0].trace_ids == [3, 3]
+    assert len(build_prefixed_problems(traces, ratio=(0.5, 0.5), cuts_per_problem=1)) == 2
 
 
 def test_a_part_of_the_reward_is_no_success(collect: Make) -> None:

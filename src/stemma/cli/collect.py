@@ -36,7 +36,7 @@ class Config:
     """Model folder or hub id; None: a small Llama, made here. Needs --dataset."""
     dataset: Path | None = None
     """JSONL file: GSM8K's question and answer, or prompt and answer. A completion is accepted if its first line that
-    begins with #### or A: gives the answer's number. Needs --model."""
+    begins with #### or A: gives the answer's number, cut off behind it or not. Needs --model."""
     output: Path = Path("runs/traces.jsonl")
     """JSONL file to write; must not exist yet, unless --resume is given."""
     resume: bool = False
@@ -52,6 +52,8 @@ class Config:
     """Sampling temperature."""
     max_completion_length: int | None = None
     """Tokens after which a completion is cut off; None: 72, with --model 256."""
+    stop_strings: tuple[str, ...] = ()
+    """A completion also ends with any of these texts. Needs --model."""
     shots: int | None = None
     """Solved examples in each prompt; None: 12, with --model 8."""
     sft_steps: int | None = None
@@ -66,6 +68,8 @@ class Config:
             raise ValueError("give --model and --dataset together, or neither for the embedded task")
         if self.model is not None and self.sft_steps is not None:
             raise ValueError("--sft-steps is of the embedded task; leave it out with --model")
+        if self.model is None and self.stop_strings:
+            raise ValueError("--stop-strings need --model: the embedded task's tokenizer knows 21 characters only")
         lowest = {"limit": 1, "samples_per_round": 1, "max_samples": 1, "max_completion_length": 1}
         for name, low in {**lowest, "shots": 0, "sft_steps": 0, "eval_prompts": 0}.items():
             value = getattr(self, name)
@@ -94,7 +98,9 @@ def _collect(config: Config, accelerator: Any) -> dict[str, Any]:
     from stemma.cli._train_options import Config as TrainConfig
     from stemma.cli._train_options import resolve
     from stemma.data.traces import TraceFile, totals
+    from stemma.decode.rollout import LocalGenerator
     from stemma.rl.engine.collect import collect_traces
+    from stemma.rl.engine.hooks import end_token_ids
     from stemma.train.checkpoint import StopSignal
 
     new = not config.output.exists()
@@ -120,11 +126,16 @@ def _collect(config: Config, accelerator: Any) -> dict[str, Any]:
             job.reward,
             processing_class=job.processing_class,
             max_completion_length=settings.max_completion_length or 1,
-            temperature=config.temperature,
+            generator=LocalGenerator(
+                eos_token_id=end_token_ids(job.model, job.processing_class),
+                temperature=config.temperature,
+                stop_strings=config.stop_strings or None,
+                tokenizer=job.processing_class if config.stop_strings else None,
+            ),
             samples_per_round=config.samples_per_round,
             max_samples=config.max_samples,
             seed=config.seed,
-            source=_source(config, settings),
+            source=_source(config, settings, job),
             path=config.output,
             on_trace=progress.show,
             should_stop=lambda: stop.requested is not None,
@@ -173,18 +184,23 @@ def _warm_up(job: "Job", settings: Any, stop: "StopSignal") -> None:
         trainer.step()
 
 
-def _source(config: Config, settings: Any) -> str:
+def _source(config: Config, settings: Any, job: "Job") -> str:
     """What decides the traces, in words; a resumed collection must have the same."""
     resolved = {name: getattr(settings, name) for name in ("model", "shots", "sft_steps", "max_completion_length")}
     own = {name: getattr(config, name) for name in ("temperature", "samples_per_round", "max_samples", "seed")}
-    values = resolved | own
+    stops = {"stop_strings": list(config.stop_strings)} if config.stop_strings else {}
+    values = resolved | own | stops | {f"{name} files": digest for name, digest in job.inputs.items()}
     return "rejection sampling: " + ", ".join(f"{name}={value}" for name, value in values.items())
 
 
 def _interrupted(config: Config, number: int, problems: int) -> dict[str, Any]:
     given = {field.name: getattr(config, field.name) for field in dataclasses.fields(Config) if field.name != "resume"}
     default = Config()
-    words = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value != getattr(default, name)]
+    words: list[str] = []
+    for name, value in given.items():
+        flag = f"--{name.replace('_', '-')}"
+        if value != getattr(default, name):
+            words += [flag, *value] if isinstance(value, tuple) else [f"{flag}={value}"]
     command = shlex.join(["stemma", "collect", "--resume", *words])
     print(
         f"stopped by {signal.Signals(number).name} before all {problems} problems. Go on with: {command}",

@@ -43,7 +43,7 @@ def collect_traces(
     Args:
         model: the policy, usually the base model.
         problems: rows without a prefix; their other columns go into the traces.
-        verify: a reward function; 1 (or more) is a success. A completion that was cut off never is one.
+        verify: a reward function; 1 (or more) is a success, also of a completion that was cut off.
         processing_class: the tokenizer; it decodes completions for `verify`.
         max_completion_length: tokens after which a completion is cut off.
         generator: samples the completions; the model itself, on this machine, when None.
@@ -92,8 +92,8 @@ def collect_traces(
                 completions = batch.completions()
                 samples, tokens = samples + size, tokens + sum(map(len, completions))
                 prompt_tokens += len(row["prompt_ids"])
-                for ids, reward, cut_off in zip(completions, rewards, batch.truncated.tolist(), strict=True):
-                    if reward is not None and reward >= 1 and not cut_off:
+                for ids, reward in zip(completions, rewards, strict=True):
+                    if reward is not None and reward >= 1:
                         found = ids
                         break
             trace = Trace(
