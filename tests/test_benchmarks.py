@@ -172,3 +172,8 @@ def test_the_page_on_generation_says_what_the_rows_say():
     text = hydragen_table.PAGE.read_text(encoding="utf-8")
     block = hydragen_table.block(rows.load(rows.RESULTS / "hydragen.jsonl"))
     assert pages.with_block(text, block, "hydragen") == text
+
+
+def test_no_script_hides_a_module_of_python():
+    names = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}  # `python benchmarks/x.py` puts them first
+    assert not names & sys.stdlib_module_names
