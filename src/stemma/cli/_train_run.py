@@ -191,7 +191,7 @@ class Training:
             processing_class=job.processing_class,
             accelerator=self.accelerator,
             reward=job.reward,
-            rows=job.rows or job.prompts(0, 256),
+            rows=job.rows or job.prompts(0, 64),
             traces=traces,
             is_boundary=job.is_boundary,
         )
