@@ -37,7 +37,7 @@ from stemma.rl.engine.options import check_fields
 class Config:
     """Options of half credit."""
 
-    defaults: ClassVar[dict[str, Any]] = {"scale_rewards": "none"}
+    defaults: ClassVar[dict[str, Any]] = {"scale_rewards": "none", "entropy_coef": 0.01}
 
     factor: float = 0.5
     """What advantages are multiplied by."""
@@ -117,7 +117,7 @@ def test_a_dropped_file_trains_with_a_flag_of_its_own(tmp_path: Path) -> None:
     assert rows(tmp_path / "run")[0]["tokens/optimised"] == sampled - 3 * 8
     stored = yaml.safe_load((tmp_path / "run" / "config.resolved.yaml").read_text())
     assert stored["half_credit"] == {"factor": 0.25, "skipped": 3}
-    assert stored["scale_rewards"] == "none"  # the method's default
+    assert (stored["scale_rewards"], stored["entropy_coef"]) == ("none", 0.01)  # the method's defaults
     again = train(tmp_path / "again", "--config", str(tmp_path / "run" / "config.resolved.yaml"))
     assert again["status"] == "finished"
     numbers = [[(row["loss"], row["grad_norm"]) for row in rows(tmp_path / name)] for name in ("run", "again")]

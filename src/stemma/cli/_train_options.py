@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 from stemma.cli.methods import method_files, method_name
 from stemma.rl.engine.options import Config as GRPOConfig
-from stemma.rl.engine.options import CreditName, ScaleRewards, SchedulerType
+from stemma.rl.engine.options import CreditName, SchedulerType
 
 __all__ = ["Config", "ServerConfig", "chosen", "config_class", "grpo_options", "method_module", "needs", "resolve"]
 
@@ -40,7 +40,7 @@ class ServerConfig:
 class Config(GRPOConfig):
     """Flags of `stemma train`: those of GRPO, and what a run needs beside them.
 
-    None stands for a default that depends on the job (with or without --model) or on the method.
+    None stands for a default that depends on the job (with or without --model); `config_class` sets those of a method.
     """
 
     first_flags: ClassVar[tuple[str, ...]] = (
@@ -84,9 +84,8 @@ class Config(GRPOConfig):
 
     eval_prompts: int = 32
     """Held-out prompts sampled before and after GRPO; 0: no evaluation."""
-    eval_steps: int | None = None
-    """Evaluate every so many GRPO steps too; 0: only before and after. None: what the
-    method sets, else 0."""
+    eval_steps: int = 0
+    """Evaluate every so many GRPO steps too; 0: only before and after."""
     save_steps: int = 50
     """Optimiser steps between two checkpoints."""
     save_total_limit: int = 2
@@ -105,9 +104,6 @@ class Config(GRPOConfig):
     """Course of GRPO's learning rate after its warm-up; None: constant, with --model linear."""
     adam_beta2: float | None = None  # type: ignore[assignment]
     """AdamW's decay of the mean of squared gradients in GRPO; None: 0.95, with --model 0.999."""
-    scale_rewards: ScaleRewards | None = None  # type: ignore[assignment]
-    """Divide advantages by the standard deviation of the group, of the batch, or not at all; None: what the method
-    sets, else group."""
     compare_every: int = 10
     """Every so many steps, first send the beginning of the batch (rows of at most 4,096 tokens, two at least) through
     both forwards, shared and plain, and log losses, differences and times; 0: never. Without sharing these tokens cost
@@ -180,7 +176,7 @@ _CHECKPOINT = {
 
 def chosen(config: Config) -> dict[str, Any]:
     """The options of the chosen methods, by their names; None for a method that has none."""
-    methods = [name for name in _methods() if name in (config.credit, config.method)]
+    methods = [name for name in (config.credit, config.method) if name not in get_args(CreditName)]
     return {name: getattr(config, name.replace("-", "_"), None) for name in methods}
 
 
@@ -190,11 +186,8 @@ def needs(config: Config) -> set[str]:
 
 
 def resolve(config: Config) -> Config:
-    """The settings with every None that stands for a default of the job or the method replaced."""
-    defaults: dict[str, Any] = dict(_EMBEDDED if config.model is None else _CHECKPOINT)
-    defaults |= {"scale_rewards": "group", "eval_steps": 0}
-    for options in chosen(config).values():
-        defaults |= getattr(options, "defaults", {})
+    """The settings with every None that stands for a default replaced."""
+    defaults: dict[str, Any] = _EMBEDDED if config.model is None else _CHECKPOINT
     missing = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     return dataclasses.replace(config, **missing) if missing else config
 
@@ -208,11 +201,11 @@ def grpo_options(config: Config) -> GRPOConfig:
 
 def method_module(name: str) -> Any:
     """The module of a method."""
-    return import_module(_methods()[name])
+    return import_module(f"stemma.rl.{name.replace('-', '_')}")
 
 
 def config_class(given: Mapping[str, Any]) -> type[Config]:
-    """`Config` with a group of options for each method that is chosen.
+    """`Config` with the defaults of each chosen method and a group of its options.
 
     Args:
         given: the options that a person gave, by their names; those of a group as `group.option`.
@@ -226,25 +219,27 @@ def config_class(given: Mapping[str, Any]) -> type[Config]:
         name = option.partition(".")[0].replace("_", "-")
         if name in names and name not in methods:
             raise ValueError(f"--{option.replace('_', '-')} needs --method {name} or --credit {name}")
-    options: list[Any] = [
-        ("method", Literal[("grpo", *names)], "grpo"),
-        ("credit", Literal[(*get_args(CreditName), *names)], "grpo"),
-    ]
+    hints = get_type_hints(Config)
+    options: dict[str, tuple[Any, Any]] = {}
     for name in methods:
         group = getattr(method_module(name), "Config", None)
         if group is not None:
-            options.append((name.replace("-", "_"), group, field(default_factory=group)))
-    return dataclasses.make_dataclass("TrainConfig", options, bases=(Config,), frozen=True, kw_only=True)
+            options |= {option: (hints[option], value) for option, value in getattr(group, "defaults", {}).items()}
+            options[name.replace("-", "_")] = (group, field(default_factory=group))
+    options["method"] = (Literal[("grpo", *names)], "grpo")
+    options["credit"] = (Literal[(*get_args(CreditName), *names)], "grpo")
+    added = [(name, *kind_and_default) for name, kind_and_default in options.items()]
+    return dataclasses.make_dataclass("TrainConfig", added, bases=(Config,), frozen=True, kw_only=True)
 
 
-def _methods() -> dict[str, str]:
-    """The modules of the methods by name, found by their place and not imported."""
-    found = {}
+def _methods() -> list[str]:
+    """The names of the methods, found by their place and not imported."""
+    found = []
     for folder in import_module("stemma.rl").__path__:
         for path in method_files(Path(folder)):
             body = ast.parse(path.read_text(encoding="utf-8")).body
             functions = {node.name for node in body if isinstance(node, ast.FunctionDef)}
             imported = {alias.name for node in body if isinstance(node, ast.ImportFrom) for alias in node.names}
             if "hooks" in functions | imported:
-                found[method_name(path)] = f"stemma.rl.{method_name(path).replace('-', '_')}"
+                found.append(method_name(path))
     return found

@@ -173,7 +173,7 @@ class Training:
             save_steps=self.config.save_steps,
             stop=stop,
             evaluate=evaluate,
-            eval_steps=self.config.eval_steps or 0,
+            eval_steps=self.config.eval_steps,
         )
 
     def _hooks(self) -> dict[str, Any]:
