@@ -119,6 +119,17 @@ def test_fences_of_the_page_are_what_the_site_renders(path: Path) -> None:
     assert [words for words in begun if not re.fullmatch(r"\w+", words)] == []
 
 
+def test_docstrings_are_markdown_with_single_backticks() -> None:
+    other = re.compile(r"(?<!`)``(?!`)|:(?:func|class|meth|mod|data|attr):`")
+    found = []
+    for path in sorted((ROOT / "src").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            text = node.value.value if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) else None
+            if isinstance(text, str) and other.search(text):
+                found.append(f"{page_id(path)}:{node.lineno}")
+    assert found == []
+
+
 def command_lines(path: Path) -> list[tuple[str, int]]:
     """The commands in the page's `sh` blocks, continued lines joined, comments dropped."""
     found = []

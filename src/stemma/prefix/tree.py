@@ -90,13 +90,13 @@ class PrefixTree:
         Sequences are numbered prompt by prompt, response by response. An empty response is allowed (it has no scored
         token), and so is a prompt without responses (it is left out).
 
-        ``python
+        ```python
         from stemma import PrefixTree
 
         tree = PrefixTree.from_groups([list(range(100))], [[[7, 8, 9], [7, 5], [4]]])
         print(tree.num_sequences, "sequences,", tree.total_tokens, "tokens,", tree.unique_tokens, "distinct")
         # prints: 3 sequences, 306 tokens, 106 distinct
-        ``
+        ```
 
         Args:
             prompts: `B` runs of token ids.

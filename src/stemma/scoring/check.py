@@ -151,7 +151,7 @@ def check(
     and one plain pass in the higher precision. The model comes back as it was: modes, gradients and, if it was not
     enabled before, its attention implementation.
 
-    ``python
+    ```python
     import stemma
     from stemma.models.tiny import tiny_model
 
@@ -159,7 +159,7 @@ def check(
     report = stemma.check(tiny_model("llama"), tree)
     print(report.ok, report.reference)
     # prints: True float64
-    ``
+    ```
 
     Args:
         model: a causal language model of transformers.

@@ -38,7 +38,7 @@ def enable(model: Any, *, self_test: bool = True) -> Any:
 
     Call this before threads share the model: switching attention under another thread's forward is not safe.
 
-    ``python
+    ```python
     import stemma
     from stemma.models.tiny import tiny_model
 
@@ -46,7 +46,7 @@ def enable(model: Any, *, self_test: bool = True) -> Any:
     print(model.config._attn_implementation)
     # prints: stemma_sdpa
     stemma.disable(model)
-    ``
+    ```
 
     Args:
         model: a causal language model of transformers, plain or wrapped (PEFT, DDP, FSDP). Changed in place: its

@@ -85,7 +85,7 @@ def explain(model: nn.Module, tree: PrefixTree, *, max_tokens: int | None = None
     Where no self-test of `stemma.enable` has run, a model that config and modules show to be unfit is refused; for
     others `reasons` ends with the reminder that exactness is not checked here.
 
-    ``python
+    ```python
     import stemma
     from stemma.models.tiny import tiny_model
 
@@ -93,7 +93,7 @@ def explain(model: nn.Module, tree: PrefixTree, *, max_tokens: int | None = None
     plan = stemma.explain(tiny_model("llama"), tree)
     print(plan.mode, f"{plan.token_ratio:.2f} times fewer tokens, at most {plan.flops_ratio:.2f} times faster")
     # prints: shared 2.54 times fewer tokens, at most 2.45 times faster
-    ``
+    ```
 
     Args:
         model: a causal language model of transformers.

@@ -33,7 +33,7 @@ def score(
 ) -> Scores:
     """Log-probabilities of the tree's scored tokens, the same as from each sequence alone, to rounding.
 
-    ``python
+    ```python
     import stemma
     from stemma.models.tiny import tiny_model
 
@@ -44,7 +44,7 @@ def score(
     loss.backward()
     print(scores.padded().shape, scores.forwarded_tokens, "of", tree.total_tokens)
     # prints: torch.Size([2, 3]) 104 of 205
-    ``
+    ```
 
     Args:
         model: a causal language model of transformers on which `stemma.enable` was called.
@@ -114,7 +114,7 @@ def backward(
 ) -> tuple[Tensor, Scores]:
     """Score, take a loss and back-propagate it into `.grad`, streaming when the tree exceeds `max_tokens`.
 
-    ``python
+    ```python
     import torch
     import stemma
     from stemma.models.tiny import tiny_model
@@ -127,7 +127,7 @@ def backward(
     )
     print(scores.mode, len(scores.logprobs))
     # prints: streamed 5
-    ``
+    ```
 
     Args:
         model, tree, temperature, entropy, aux_loss, max_tokens, mode: as in `stemma.score`.

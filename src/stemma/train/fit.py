@@ -39,7 +39,7 @@ __all__ = ["Config", "Loss", "Stepper", "Trainer", "run_steps"]
 
 Batch = Mapping[str, Tensor]
 Loss = Callable[[nn.Module, Batch], tuple[Tensor, Mapping[str, float]]]
-"""``loss(model, batch)``: the losses of a batch's items, summed, and sums of what else is to be logged."""
+"""`loss(model, batch)`: the losses of a batch's items, summed, and sums of what else is to be logged."""
 
 
 @dataclass(frozen=True, kw_only=True)
