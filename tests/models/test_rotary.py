@@ -172,3 +172,22 @@ def test_encoding_behind_cached_tokens_is_encoding_in_one_piece(model_type):
     part = cached_states(pieces, 4, 11)
     assert largest(cached_states(plain_cache(part)), part) == 0
     assert all(torch.equal(states.key, before) for states, before in zip(first, kept, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("model_type", "moves"), [("llama", True), ("qwen3", True), ("gpt2", False), ("opt", False)])
+def test_in_half_precision_own_rounding_is_no_other_scheme(model_type, moves, dtype):
+    model = build(model_type, dtype)
+    if moves:
+        find_rotations(model)
+        return
+    with pytest.raises(UnsupportedModelError, match="no rotation"):
+        find_rotations(model)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keys_of_a_pretrained_model_move(real_model, dtype):
+    from transformers import AutoModelForCausalLM
+
+    find_rotations(AutoModelForCausalLM.from_pretrained(real_model, dtype=dtype))

@@ -24,7 +24,8 @@ __all__ = [
 def vocabulary_size(model: nn.Module) -> int:
     """Number of token ids that the model has embeddings for."""
     inner = base_model(model)
-    return int(getattr(inner.get_input_embeddings(), "num_embeddings", inner.config.get_text_config().vocab_size))
+    vocabulary = int(inner.config.get_text_config().vocab_size)  # some types embed more, as for parts of an image
+    return min(vocabulary, int(getattr(inner.get_input_embeddings(), "num_embeddings", vocabulary)))
 
 
 def max_positions(model: nn.Module) -> int | None:

@@ -23,16 +23,19 @@ from stemma.errors import UnsupportedModelError
 from stemma.models.adapter import base_model, input_device
 from stemma.models.layer_attention import KERNEL_PREFIX
 from stemma.models.limits import dynamic_rope_limit, max_positions, vocabulary_size
+from stemma.models.rounding import rounded_anew
 from stemma.models.support import refuse_adapters_of_rows
 
 __all__ = ["LayerRotation", "Rotations", "cached_states", "encode", "few_logits", "find_rotations", "plain_cache"]
 
 _TOKENS = 12
 _FAR = 1021
-_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
-"""Largest relative difference of a layer's keys or values that counts as rounding. Models compute angles in float32
-whatever their type; the largest difference of 95 types is 7e-6 in float32 and 0.02 in bfloat16, of another scheme 0.05
-or more."""
+_MARGIN = 1.5
+"""How many times a layer's own rounding its keys and values may be off. In half precision models with rotary positions
+are 0.5 times off at most; another scheme of positions is 0.05 off or more, 5 times the rounding of a first layer in
+bfloat16."""
+_ANGLES = 4 * _FAR * torch.finfo(torch.float32).eps
+"""Rounding of the angles besides, which models compute in float32 whatever their type: 5e-4."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,6 +148,8 @@ def find_rotations(model: Any) -> Rotations:
     inner.eval()
     try:
         near_states, far_states = (cached_states(encode(model, ids, start=start)) for start in (0, far))
+        with rounded_anew(inner):
+            rounded = cached_states(encode(model, ids, start=0))
     except (TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
         raise UnsupportedModelError(
             f"{label} could not encode a few tokens with an ordinary cache ({type(error).__name__}: {error}), so its "
@@ -156,8 +161,8 @@ def find_rotations(model: Any) -> Rotations:
     if not near_states:
         raise UnsupportedModelError(f"{label} filled no cache of keys and values, so there is nothing to move.")
     found = [
-        _of_layer(inner, number, near, there, far, label)
-        for number, (near, there) in enumerate(zip(near_states, far_states, strict=True))
+        _of_layer(inner, number, near, there, far, label, max(map(_difference, again, near)))
+        for number, (near, there, again) in enumerate(zip(near_states, far_states, rounded, strict=True))
     ]
     return Rotations(tuple(rotation for rotation, _ in found), max(error for _, error in found))
 
@@ -189,7 +194,7 @@ def _refuse_unsuitable(inner: PreTrainedModel, label: str, model: Any) -> None:
 
 
 def _of_layer(
-    inner: PreTrainedModel, number: int, near: KeyValues, there: KeyValues, far: int, label: str
+    inner: PreTrainedModel, number: int, near: KeyValues, there: KeyValues, far: int, label: str, rounding: float
 ) -> tuple[LayerRotation, float]:
     best: tuple[LayerRotation, float] | None = None
     for rotation in _candidates(inner, near):
@@ -197,11 +202,11 @@ def _of_layer(
         if best is None or error < best[1]:
             best = (rotation, error)
     assert best is not None
-    if not best[1] <= _TOLERANCE.get(near.key.dtype, 1e-1):
+    if not best[1] <= _MARGIN * rounding + _ANGLES:
         raise UnsupportedModelError(
             f"layer {number} of {label}: keys and values {far} positions further are no rotation of those at the "
-            f"beginning (nearest: {best[1]:.1e} relative). It has learned positions or another scheme, so cached parts "
-            "cannot be moved; use a model with rotary or no positions."
+            f"beginning (nearest: {best[1]:.1e} relative, own rounding {rounding:.0e}). It has learned positions "
+            "or another scheme, so cached parts cannot be moved; use a model with rotary or no positions."
         )
     return best
 
