@@ -62,7 +62,10 @@ def test_whatever_draws_random_numbers_is_refused():
         for name in fields:
             if isinstance(getattr(text, name), int | float) and not isinstance(getattr(text, name), bool):
                 setattr(text, name, 0.3)
-        model = build(model_type).__class__(config).train()
+        try:
+            model = build(model_type).__class__(config).train()
+        except ValueError:  # the type refuses one of them itself
+            continue
         ids, seen = torch.arange(3, 43)[None] % text.vocab_size, []
         for seed in range(3):
             torch.manual_seed(seed)
