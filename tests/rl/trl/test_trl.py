@@ -442,28 +442,6 @@ def test_lora_run_equals_stock(build: Callable[..., Any], model_folder: Callable
     assert torch.equal(shared.model.base_model.model.model.embed_tokens.weight, frozen)
 
 
-@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig"])
-def test_learned_tokens_run_as_in_stock(build: Callable[..., Any], kind: str) -> None:
-    """Peft puts them in front of every row; nothing is shared, which is said, and every number is stock's."""
-    peft = pytest.importorskip("peft", reason="needs PEFT: pip install 'stemma-lm[peft]'")
-    import trl
-
-    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=4)
-    options = {"beta": 0.1, "max_steps": 3, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
-    torch.manual_seed(3)
-    stock = build(trl.GRPOTrainer, trainer_options={"peft_config": config}, **options)
-    torch.manual_seed(3)
-    with pytest.warns(UserWarning, match=f"{kind} puts learned tokens in front of every row"):
-        shared = build(adapter.GRPOTrainer, trainer_options={"peft_config": config}, **options)
-    (expected, expected_changes), (rows, changes) = train(stock), train(shared)
-    times = {"step_time", "train_runtime"}
-    assert [{k: v for k, v in row.items() if k not in times} for row in rows] == [
-        {k: v for k, v in row.items() if k not in times} for row in expected
-    ]
-    assert any(change.any() for change in changes.values())
-    assert all(torch.equal(change, expected_changes[name]) for name, change in changes.items())
-
-
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_changes_nothing(build: Callable[..., Any], reentrant: bool) -> None:
     options = {"beta": 0.04, "max_steps": 2}

@@ -26,10 +26,6 @@ Differences from stock TRL to know about:
 - The log-probability and entropy of a masked column are 0.
 - Images and other multimodal inputs, active dropout, `use_liger_kernel` and `use_transformers_continuous_batching` are
   refused by name. (TRL's `disable_dropout` reaches dropout layers, but not an `attention_dropout` of the config.)
-  Dropout, `lora_dropout` too, draws other masks for each row, so that the hidden states of a prompt differ from row to
-  row: nothing is left to share, and one mask for all rows of a group would be another estimate.
-- With peft's learned tokens (prompt, prefix and P-tuning) every row runs alone through stock TRL's own forward, with a
-  warning: the numbers are stock's, and nothing is shared.
 
 Two arguments are its own. `max_tokens` is the most tokens in one forward: a slice with more distinct tokens is
 streamed, in memory independent of the number of completions. `credit` (`GRPOTrainer` only) is the `hooks` of a method
@@ -67,7 +63,6 @@ from stemma.prefix.tree import PrefixTree
 from stemma.rl.engine.hooks import Run
 from stemma.rl.trl.rows import TokenCredit, TokenPrompts
 from stemma.scoring.enable import enable
-from stemma.scoring.refusals import check_model
 from stemma.scoring.score import score
 
 if TYPE_CHECKING:
@@ -103,27 +98,19 @@ class _SharedPrefix(TokenCredit, TokenPrompts):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.max_tokens = max_tokens
-        self.rows_alone = _has_learned_tokens(self.model)
-        if not self.rows_alone:
-            _refuse_what_cannot_be_shared(self)
-        elif max_tokens is not None:
-            raise StemmaError("max_tokens bounds shared forwards, and with learned tokens every row runs alone")
+        _refuse_what_cannot_be_shared(self)
         if credit is not None:
             self._set_credit(credit)
-        if self.rows_alone:
-            return
         enable(self.model)
         if self.ref_model is not None:
             # The same architecture, which has just passed; here accelerate may already have added autocast to it.
             enable(self.ref_model, self_test=False)
-        _refuse_in_training_mode(self.model)
+        _rehearse(self.model)
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         buffered = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
-        if (
-            self._buffered_inputs is not buffered and not self.rows_alone
-        ):  # TRL has just generated, shuffled and cut a new batch
+        if self._buffered_inputs is not buffered:  # TRL has just generated, shuffled and cut a new batch
             self._buffered_inputs = keep_groups_whole(self._buffered_inputs)
             inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
         return inputs
@@ -139,17 +126,6 @@ class _SharedPrefix(TokenCredit, TokenPrompts):
         compute_aux_loss: bool = False,
         **multimodal: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        if self.rows_alone:
-            return super()._get_per_token_logps_and_entropies(
-                model,
-                input_ids,
-                attention_mask,
-                logits_to_keep,
-                batch_size=batch_size,
-                compute_entropy=compute_entropy,
-                compute_aux_loss=compute_aux_loss,
-                **multimodal,
-            )
         given = sorted(name for name, value in multimodal.items() if value is not None)
         if given:
             raise StemmaError(
@@ -237,19 +213,6 @@ def _take(key: str, values: list[Any], rows: torch.Tensor, num_rows: int) -> Any
     return whole[rows] if isinstance(first, torch.Tensor) else [whole[row] for row in rows.tolist()]
 
 
-def _has_learned_tokens(model: Any) -> bool:
-    """Whether peft puts learned tokens in front of every row (prompt, prefix and P-tuning), which no two rows share."""
-    kind = type(getattr(model, "active_peft_config", None)).__name__
-    if not getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-        return False
-    warnings.warn(
-        f"{kind} puts learned tokens in front of every row, so no prefix is shared: every row runs alone, as in stock "
-        "TRL. An adapter of weights such as LoRA shares",
-        stacklevel=4,
-    )
-    return True
-
-
 def _refuse_what_cannot_be_shared(trainer: Any) -> None:
     name, args = type(trainer).__name__, trainer.args
     if trainer._is_vlm:
@@ -276,14 +239,16 @@ def _refuse_what_cannot_be_shared(trainer: Any) -> None:
         )
 
 
-def _refuse_in_training_mode(model: Any) -> None:
-    """What refuses to be trained does so now, not after the first rollouts."""
-    if any(parameter.is_meta for parameter in model.parameters()):
-        return  # not loaded yet
+def _rehearse(model: Any) -> None:
+    """Scores a few tokens in training mode: what refuses to be trained does so now, not after the first rollouts."""
+    if any(parameter.is_meta or not parameter.numel() for parameter in model.parameters()):
+        return  # weights that are sharded or not loaded yet
+    tree = PrefixTree.from_groups([list(range(9))], [[[0], [1]]])
     modes = [(module, module.training) for module in model.modules()]
     model.train()
     try:
-        check_model(model)
+        with torch.no_grad(), torch.random.fork_rng():
+            score(model, tree, mode="shared")
     finally:
         for module, mode in modes:
             module.training = mode

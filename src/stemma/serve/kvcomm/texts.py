@@ -147,15 +147,12 @@ class Texts:
     ) -> None:
         self.model, self.tokenizer, self.config = model, tokenizer, config or Config()
         self.pool = AnchorPool() if pool is None else pool
-        self.rotations = find_rotations(model)
         self.window, self.chunk = windows(model)
         self.header = tuple(text_ids(tokenizer, self.config.header))
         self._known: tuple[Any, dict[str, str]] | None = None
         self.owner: tuple[object, ...] = ()
         """The model as it was at the last `check`, and the header: what keys and values depend on."""
-        self._turned: tuple[object, ...] | None = None
         self.check()
-        self._turned = self.owner
 
     def check(self) -> None:
         """Refuse a model that has changed since the anchors were made, or would drop activations at random.
@@ -163,7 +160,8 @@ class Texts:
         What counts as a change is said in `stemma.models.weights_state.weights_state`.
 
         Raises:
-            UnsupportedModelError: the model, or a part of it with dropout, is in training mode.
+            UnsupportedModelError: the model, or a part of it with dropout, is in training mode, or keys of the changed
+                model cannot be moved.
             InvalidBatchError: says what has changed.
         """
         inner = base_model(self.model)
@@ -173,16 +171,19 @@ class Texts:
             if module.training and (getattr(module, "attention_dropout", 0) or _drops(module)):
                 raise UnsupportedModelError(f"{name!r} is in training mode and has dropout; call model.eval() first.")
         state = weights_state(self.model), active_adapters(inner)
-        if self._known is None or self._known[0] != state:
-            buffers = hashlib.sha256()
-            for name, buffer in unsaved_buffers(inner):
-                buffers.update(name.encode() + buffer.reshape(-1).view(torch.uint8).cpu().numpy().tobytes())
-            more = {"buffers": buffers.hexdigest()[:32], "header": repr(self.header)}
-            self._known = state, {**fingerprint(self.model), **more}
-            self.owner = (str(inner.device), *sorted(self._known[1].items()))
-        self.pool.bind(self._known[1])
-        if self._turned is not None and self._turned != self.owner:
-            self.rotations, self._turned = find_rotations(self.model), self.owner
+        known = self._known if self._known is not None and self._known[0] == state else None
+        about = self._about(inner) if known is None else known[1]
+        self.pool.bind(about)
+        if known is None:
+            self.rotations = find_rotations(self.model)
+            self._known, self.owner = (state, about), (str(inner.device), *sorted(about.items()))
+
+    def _about(self, inner: nn.Module) -> dict[str, str]:
+        """What the keys and values of a text depend on."""
+        buffers = hashlib.sha256()
+        for name, buffer in unsaved_buffers(inner):
+            buffers.update(name.encode() + buffer.reshape(-1).view(torch.uint8).cpu().numpy().tobytes())
+        return {**fingerprint(self.model), "buffers": buffers.hexdigest()[:32], "header": repr(self.header)}
 
     def content(self, text: str) -> Content:
         """A text to be given to several agents.

@@ -63,7 +63,7 @@ from stemma.tune.ntk_attention.adapters import (
 )
 from stemma.tune.ntk_attention.kernel_prefix import KernelPrefix
 from stemma.tune.ntk_attention.prefix_states import (
-    KeyValues,
+    PrefixStates,
     attention_calls,
     check_prefix,
     first_position,
@@ -144,7 +144,7 @@ def attach(
     config: Config | None = None,
     *,
     adapter_name: str = "default",
-    prefix: KeyValues | None = None,
+    prefix: PrefixStates | None = None,
     freeze: bool = True,
 ) -> Any:
     """Give attention modules a prefix, as sub-modules whose parameters travel with the model's.
@@ -188,7 +188,7 @@ def attach(
     return model
 
 
-def _make(model: Any, config: Config, prefix: KeyValues | None) -> dict[nn.Module, KernelPrefix]:
+def _make(model: Any, config: Config, prefix: PrefixStates | None) -> dict[nn.Module, KernelPrefix]:
     """The prefixes of an adapter for an enabled model by attention module, not yet added to them."""
     inner = base_model(model)
     implementation = inner.config.get_text_config()._attn_implementation
@@ -248,7 +248,7 @@ class ConversionError:
 
 
 @torch.no_grad()
-def conversion_error(model: Any, prefix: KeyValues, inputs: Tensor) -> ConversionError:
+def conversion_error(model: Any, prefix: PrefixStates, inputs: Tensor) -> ConversionError:
     """Compare the active prefix with the exact one, whose keys and values lie in the cache.
 
     The inputs begin at position 0 where positions are rotary. Learned ones begin at `m`, behind the exact prefix; a

@@ -10,6 +10,7 @@ from stemma.attention.decode import merge
 from stemma.errors import UnsupportedModelError
 from stemma.models.adapter import base_model, is_enabled
 from stemma.models.layer_attention import KERNEL_PREFIX, layer_name
+from stemma.models.support import refuse_meta
 from stemma.scoring.enable import disable, enable
 from stemma.tune.ntk_attention.kernel_prefix import KernelPrefix
 
@@ -122,12 +123,8 @@ def enabled(model: Any) -> Iterator[None]:
     Raises:
         UnsupportedModelError: its weights are on the meta device, where nothing shows what its attention is.
     """
-    embedding, was = base_model(model).get_input_embeddings(), is_enabled(model)
-    if embedding.weight.is_meta and not hasattr(embedding, "_hf_hook"):  # which brings offloaded weights
-        raise UnsupportedModelError(
-            f"the weights of {type(base_model(model)).__name__} are on the meta device, and attaching runs the model "
-            "once; load them first."
-        )
+    refuse_meta(model)
+    was = is_enabled(model)
     if not was:
         enable(model)
     try:

@@ -1,20 +1,21 @@
 """Keys and values of a given prefix, for the adapter that is to stand for it."""
 
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from stemma.cache.key_values import KeyValues
 from stemma.errors import InvalidBatchError, UnsupportedModelError
 from stemma.models.adapter import base_model, input_device, is_enabled
 from stemma.models.layer_attention import observed_attention
 from stemma.models.limits import dynamic_rope_limit, max_positions
+from stemma.models.rotary import find_rotations, plain_cache
 from stemma.scoring.enable import enable
 
 __all__ = [
-    "KeyValues",
+    "PrefixStates",
     "attention_calls",
     "check_prefix",
     "first_position",
@@ -23,7 +24,7 @@ __all__ = [
     "prefix_states",
 ]
 
-KeyValues = Mapping[nn.Module, tuple[Tensor, Tensor]]
+PrefixStates = Mapping[nn.Module, tuple[Tensor, Tensor]]
 """Keys `(1, key_value_heads, m, head_dim)` and values of a prefix, as attention sees them, by attention module."""
 
 
@@ -76,26 +77,13 @@ def peft_prefix_states(model: Any) -> dict[nn.Module, tuple[Tensor, Tensor]]:
     with torch.no_grad():
         layers = model.get_prompt(batch_size=1).layers
         found = attention_calls(inner, torch.zeros(1, 2, dtype=torch.int64))
-        states = {}
-        for module, layer in zip(found, layers, strict=True):
-            key = _turned_back(inner, module, layer.keys) if _rotary(model) else layer.keys
-            states[module] = (key.detach(), layer.values.detach())
-    return states
+        states = tuple(KeyValues(layer.keys, layer.values) for layer in layers)
+        if _rotary(model):
+            states = find_rotations(inner).move(states, -states[0].key.shape[2])
+    return {module: (key, value) for module, (key, value) in zip(found, states, strict=True)}
 
 
-def _turned_back(inner: nn.Module, module: nn.Module, key: Tensor) -> Tensor:
-    """Keys with the rotation of position `-m`."""
-    rotary = [part for part in inner.modules() if type(part).__name__.endswith("RotaryEmbedding")]
-    apply = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
-    if len(rotary) == 1 and apply is not None and getattr(rotary[0], "attention_scaling", None) == 1:
-        cos, sin = rotary[0](key, position_ids=torch.full((1, 1), -key.shape[2], device=key.device))
-        if cos.shape[-1] == key.shape[-1]:
-            turned: Tensor = apply(key, key, cos, sin)[1]
-            return turned
-    raise UnsupportedModelError(f"the rotary embedding of {type(inner).__name__} cannot be turned back by stemma.")
-
-
-def check_prefix(model: Any, prefix: KeyValues) -> None:
+def check_prefix(model: Any, prefix: PrefixStates) -> None:
     """Refuse keys and values of other attention modules.
 
     Raises:
@@ -109,7 +97,7 @@ def check_prefix(model: Any, prefix: KeyValues) -> None:
         )
 
 
-def first_position(model: Any, prefix: KeyValues, length: int) -> int:
+def first_position(model: Any, prefix: PrefixStates, length: int) -> int:
     """Position of the first of `length` tokens behind the exact prefix: 0, or `m` where positions are learned.
 
     Raises:
@@ -128,15 +116,13 @@ def first_position(model: Any, prefix: KeyValues, length: int) -> int:
 
 
 @torch.no_grad()
-def prefix_cache(model: Any, prefix: KeyValues, rows: int) -> Any:
+def prefix_cache(model: Any, prefix: PrefixStates, rows: int) -> Any:
     """A cache of transformers with the prefix in front of each row.
 
     Raises:
         UnsupportedModelError: the model's cache holds something else than the keys and values of attention.
     """
-    from transformers import DynamicCache
-
-    inner, probe, cache = base_model(model), DynamicCache(), DynamicCache()
+    inner, probe = base_model(model), plain_cache()
     device = input_device(inner)
     inner(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device), past_key_values=probe, use_cache=True)
     kept = [tuple((x.shape[1], x.shape[3]) for x in (layer.keys, layer.values)) for layer in probe.layers]
@@ -146,9 +132,7 @@ def prefix_cache(model: Any, prefix: KeyValues, rows: int) -> Any:
             "values of its attention (latent attention, say), so the exact prefix cannot lie in its cache. Compare the "
             "logits with those of the tokens of the prefix in front."
         )
-    for number, states in enumerate(prefix.values()):
-        cache.update(*(x.expand(rows, -1, -1, -1) for x in states), number)
-    return cache
+    return plain_cache([KeyValues(*(x.expand(rows, -1, -1, -1) for x in states)) for states in prefix.values()])
 
 
 def _rotary(model: Any) -> bool:
