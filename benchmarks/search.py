@@ -12,6 +12,7 @@ long for. Times are of the CPU, on one thread. Needs the extra `search`.
 from __future__ import annotations
 
 import argparse
+import functools
 import gzip
 import json
 import os
@@ -34,6 +35,7 @@ import numpy as np  # noqa: E402
 from benchmarks import ir_collections as collections  # noqa: E402
 from benchmarks.rows import RESULTS, Recorder  # noqa: E402
 from stemma.search import Corpus, Dense, Fused, Index, Lexical, Sparse, compare, evaluate  # noqa: E402
+from stemma.search.encoded import load_encoder  # noqa: E402
 from stemma.search.metrics import Evaluation  # noqa: E402
 
 MEASURES = ("AP", "nDCG@10", "R@100")
@@ -43,13 +45,22 @@ QUERIES = 100
 DIM = 384
 
 
-def indexes(corpus: Corpus, encoder: str | None, sparse_encoder: str | None) -> dict[str, Index]:
+class CachedQueries:
+    """An encoder that encodes a query once for all the methods that ask for it."""
+
+    def __init__(self, model: Any) -> None:
+        self.encode_document = model.encode_document
+        self.encode_query = lambda texts: self._cached(texts[0])
+        self._cached = functools.cache(lambda text: model.encode_query([text]))
+
+
+def indexes(corpus: Corpus, encoder: Any, sparse_encoder: str | None) -> dict[str, Index]:
     """What is compared, by the name of its row."""
     lexical = Lexical(corpus)
     found: dict[str, Index] = {"fts5": lexical, "bm25s": Lexical(corpus, engine="bm25s")}
     if sparse_encoder:
         found["sparse"] = Sparse(corpus, sparse_encoder)
-    if encoder:
+    if encoder is not None:
         dense = Dense(corpus, encoder)
         found |= {
             "dense": dense,
@@ -67,13 +78,14 @@ def measure_collections(recorder: Recorder, names: list[str], folder: Path, enco
     """Quality by collection, pooled over their queries, and the p-values of the best against the others."""
     data = collections.folder()
     assert data is not None, "set STEMMA_DATA to the folder that holds ir/"
+    cached = CachedQueries(load_encoder(encoder, "SentenceTransformer")) if encoder else None
     pooled: dict[str, dict[str, dict[str, float]]] = {}
     for name in names:
         collection = collections.load(name, data)
         corpus = Corpus.open(folder / f"{name}.sqlite")
         corpus.add({"id": document, "text": text} for document, text in collection.texts.items())
         shapes = {"texts": len(collection.texts), "queries": len(collection.queries)}
-        for method, index in indexes(corpus, encoder, sparse_encoder).items():
+        for method, index in indexes(corpus, cached, sparse_encoder).items():
             found = evaluate(collection.qrels, index.run(collection.queries), MEASURES)
             record(recorder, name, method, found, shapes)
             for measure, values in found.values.items():

@@ -115,23 +115,23 @@ class Fused(Index):
         }
         lists |= {index.name: index.nearest(vectors[index.name], depth, within) for index in self._moving}
         if self.feedback:
-            mixed = None if self.feedback == "after" else self._mix(lists)
+            count = self.rocchio.documents
+            mixed = None if self.feedback == "after" else self._mix(lists, count)
             second: dict[str, Scores] = {}
             for index in self._moving:
-                first = list(lists[index.name] if mixed is None else mixed)[: self.rocchio.documents]
+                first = list(lists[index.name] if mixed is None else mixed)[:count]
                 vector = self.rocchio.alpha * vectors[index.name]
                 if first:
                     vector = vector + self.rocchio.beta * index.vectors(first).mean(axis=0)
                 second[index.name] = index.nearest(vector, depth, within)
             lists = second if self.feedback == "before" else {**lists, **second}
-        mixed = self._mix(lists)
-        return {name: mixed[name] for name in list(mixed)[:k]}
+        return self._mix(lists, k)
 
-    def _mix(self, lists: Mapping[str, Scores]) -> dict[str, dict[str, float]]:
+    def _mix(self, lists: Mapping[str, Scores], k: int) -> dict[str, dict[str, float]]:
         weights = self.weights
         if not isinstance(weights, str):
             weights = [weight for weight, index in zip(weights, self.indexes) if index.name in lists]
-        return mix(lists, weights, self.normalize)
+        return mix(lists, weights, self.normalize, k)
 
 
 class Reranked(Index):

@@ -26,46 +26,13 @@ from stemma.search.runs import best, best_rows
 
 __all__ = ["STOP_WORDS", "Lexical"]
 
+_WORD = r"[^\W_]+"
 STOP_WORDS = frozenset(
-    {
-        *(
-            "a",
-            "an",
-            "and",
-            "are",
-            "as",
-            "at",
-            "be",
-            "but",
-            "by",
-            "for",
-            "if",
-            "in",
-            "into",
-            "is",
-            "it",
-            "no",
-            "not",
-            "of",
-        ),
-        *(
-            "on",
-            "or",
-            "such",
-            "that",
-            "the",
-            "their",
-            "then",
-            "there",
-            "these",
-            "they",
-            "this",
-            "to",
-            "was",
-            "will",
-            "with",
-        ),
-    }
+    re.findall(
+        _WORD,
+        "a an and are as at be but by for if in into is it no not of on or such that the their then there these they "
+        "this to was will with",
+    )
 )
 """English words that say nothing of a text (Lucene's list). A query of nothing else keeps them."""
 
@@ -172,7 +139,8 @@ class _BM25S:
         made_for = {"format": 1, "corpus": self.corpus.id, "revision": self.corpus.revision}
         if self._made_for != made_for:
             self._open(made_for)
-        tokens = [token for token in self._tokens([" ".join(words)])[0] if token in self._known]
+        stems = self._stemmer.stemWords(re.findall(_WORD, " ".join(words)))
+        tokens = [token for token in stems if token in self._known]
         if not tokens:
             return {}
         scores = self._index.get_scores(tokens)
@@ -196,7 +164,7 @@ class _BM25S:
     def _tokens(self, texts: list[str]) -> list[list[str]]:
         return self._bm25s.tokenize(
             texts,
-            token_pattern=r"[^\W_]+",
+            token_pattern=_WORD,
             stopwords=[],
             stemmer=self._stemmer,
             return_ids=False,

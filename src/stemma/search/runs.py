@@ -46,10 +46,12 @@ def best(scores: Scores, k: int | None = None) -> dict[str, float]:
 
 def best_rows(scores: Any, ids: Sequence[str], k: int, above: float = -math.inf) -> dict[str, float]:
     """`best` of an array: of its rows with a score beyond `above`, by the id of each row."""
-    count = len(scores)
-    bound = scores[scores.argpartition(count - k)[count - k]] if k < count else above
-    rows = ((scores >= bound) & (scores > above)).nonzero()[0]
-    return best({ids[row]: float(scores[row]) for row in rows.tolist()}, k)
+    rows = (scores > above).nonzero()[0]
+    if k < len(rows):
+        held = scores[rows]  # without the many equal ones below `above`, on which a partition is slow
+        held.partition(len(rows) - k)
+        rows = rows[scores[rows] >= held[len(rows) - k]]
+    return best({ids[row]: score for row, score in zip(rows.tolist(), scores[rows].tolist())}, k)
 
 
 def normalized(scores: Scores, how: Norm = "minmax") -> dict[str, float]:
@@ -79,7 +81,7 @@ def normalized(scores: Scores, how: Norm = "minmax") -> dict[str, float]:
 
 
 def mix(
-    lists: Mapping[str, Scores], weights: Weights = "linear", normalize: Norm = "minmax"
+    lists: Mapping[str, Scores], weights: Weights = "linear", normalize: Norm = "minmax", k: int | None = None
 ) -> dict[str, dict[str, float]]:
     """Mix several lists for one query: {document id: {list: contribution}}, best first; a score is the sum.
 
@@ -88,6 +90,7 @@ def mix(
         weights: "linear" adds normalised scores with equal weights, a sequence with these weights; a document that a
             list lacks counts as its last one. "rrf" adds 1 / (60 + rank) instead (reciprocal rank fusion).
         normalize: see `normalized`.
+        k: how many documents, at most; None for all.
 
     Raises:
         ValueError: another number of weights than of lists.
@@ -106,11 +109,13 @@ def mix(
             for factor, (name, scores) in zip(factors, lists.items())
         }
         floor = {name: min(part.values(), default=0.0) for name, part in parts.items()}
+    columns = [(part, floor[name]) for name, part in parts.items()]
     documents = {document for part in parts.values() for document in part}
-    mixed = {
-        document: {name: part.get(document, floor[name]) for name, part in parts.items()} for document in documents
+    totals = {document: sum([part.get(document, low) for part, low in columns]) for document in documents}
+    return {
+        document: {name: part.get(document, floor[name]) for name, part in parts.items()}
+        for document in best(totals, k)
     }
-    return {document: mixed[document] for document in best({each: sum(mixed[each].values()) for each in documents})}
 
 
 def fuse(runs: Sequence[Run], weights: Weights = "linear", normalize: Norm = "minmax", k: int = 1000) -> Run:
@@ -118,8 +123,8 @@ def fuse(runs: Sequence[Run], weights: Weights = "linear", normalize: Norm = "mi
     queries = dict.fromkeys(query for run in runs for query in run)
     fused = {}
     for query in queries:
-        mixed = mix({str(number): run.get(query, {}) for number, run in enumerate(runs)}, weights, normalize)
-        fused[query] = best({document: sum(parts.values()) for document, parts in mixed.items()}, k)
+        mixed = mix({str(number): run.get(query, {}) for number, run in enumerate(runs)}, weights, normalize, k)
+        fused[query] = {document: sum(parts.values()) for document, parts in mixed.items()}
     return fused
 
 
