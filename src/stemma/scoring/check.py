@@ -29,6 +29,9 @@ __all__ = ["CheckReport", "check"]
 _MARGIN = 3.0
 """How many times farther from the higher precision than the plain computation the shared one may be."""
 
+_CPU_FLOPS = 5e11
+"""Of a forward and backward over the default batch on a CPU."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckReport:
@@ -110,17 +113,25 @@ def _times(ratio: float, above: str, below: str) -> str:
     return f"{ratio:.2f} times {above}" if ratio >= 1 else f"{1 / max(ratio, 1e-12):.2f} times {below}"
 
 
-def _random_tree(model: nn.Module, groups: int, responses: int, prompt: int, response: int, seed: int) -> PrefixTree:
+def _random_tree(model: nn.Module, seed: int) -> PrefixTree:
+    """Two random prompts of 256 tokens with four random responses of 64, in this proportion shorter where the model has
+    fewer positions, or where a pass over them would take minutes on a CPU."""
+    inner, prompt, response = base_model(model), 256, 64
+    sizes = [1.0]
     limit = max_positions(model)
-    if limit is not None and limit < prompt + response:
-        prompt, response = limit * prompt // (prompt + response), limit * response // (prompt + response)
+    if limit is not None:
+        sizes.append(limit / (prompt + response))
+    if input_device(model).type == "cpu":
+        flops = 6.0 * sum(p.numel() for p in inner.parameters()) * 8 * (prompt + response)
+        sizes.append(max(_CPU_FLOPS / flops, 1 / 8))
     random = np.random.default_rng(seed)
+    size, vocabulary = min(sizes), vocabulary_size(model)
 
     def run(length: int) -> np.ndarray:
-        return random.integers(0, vocabulary_size(model), size=length)
+        return random.integers(0, vocabulary, size=int(length * size))
 
-    prompts = [run(prompt) for _ in range(groups)]
-    return PrefixTree.from_groups(prompts, [[run(response) for _ in range(responses)] for _ in range(groups)])
+    prompts = [run(prompt) for _ in range(2)]
+    return PrefixTree.from_groups(prompts, [[run(response) for _ in range(4)] for _ in range(2)])
 
 
 def _cut(tree: PrefixTree, max_tokens: int | None) -> PrefixTree:
@@ -163,7 +174,8 @@ def check(
 
     Args:
         model: a causal language model of transformers.
-        tree: the batch (default: two random prompts of 256 tokens with four random responses of 64).
+        tree: the batch (default: two random prompts of 256 tokens with four random responses of 64; shorter for large
+            models on a CPU).
         repeats: timed runs of each, taken in turns.
         seed: of the default batch and of the loss's weights.
         max_tokens: of a larger batch only the first sequences are taken, up to so many tokens with padding.
@@ -177,7 +189,7 @@ def check(
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}.")
-    tree = _random_tree(model, 2, 4, 256, 64, seed) if tree is None else _cut(tree, max_tokens)
+    tree = _random_tree(model, seed) if tree is None else _cut(tree, max_tokens)
     if not tree.scored.any():
         raise InvalidBatchError(
             "no token of the batch is scored, so there is nothing to compare: give a sequence of at least two tokens, "

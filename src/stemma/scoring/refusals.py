@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedModel
@@ -53,7 +54,9 @@ def check_model(model: nn.Module) -> None:
 
 # ---------------------------------------------------------------------- random numbers in training mode
 
-_RANDOM = re.compile("drop|jitter|noise")
+_RANDOM = re.compile("^(?!summary|classif).*(drop|jitter|noise)")
+"""Fields of a config that stand for random numbers; of them a language model leaves alone what heads of other tasks
+use."""
 
 _repeatable: WeakKeyDictionary[nn.Module, object] = WeakKeyDictionary()
 """The modes and hooks with which two forwards of a model agreed."""
@@ -77,7 +80,15 @@ def _refuse_randomness(model: nn.Module, inner: PreTrainedModel, state: object) 
         )
     config = inner.config.get_text_config()
     settings = {name: value for name, value in vars(config).items() if _RANDOM.search(name) and _is_positive(value)}
-    if "layerdrop" in settings or "router_jitter_noise" in settings or not _repeats(inner, state):
+    sharded = any(isinstance(p, DTensor) or p.numel() == 0 for p in inner.parameters()) or any(
+        isinstance(module, FullyShardedDataParallel) for module in model.modules()
+    )
+    if sharded:  # forwards of its own would have to happen on every rank: the config must do
+        repeats = not settings
+    else:
+        rare = inner.training and settings.keys() & {"layerdrop", "router_jitter_noise"}
+        repeats = not rare and _repeats(inner, state)
+    if not repeats:
         named = ", ".join(f"{name}={value}" for name, value in sorted(settings.items()))
         raise UnsupportedModelError(
             f"{type(inner).__name__} draws random numbers in training mode"
@@ -94,8 +105,6 @@ def _repeats(inner: PreTrainedModel, state: object) -> bool:
     """Whether two forwards of a short row agree whatever the random numbers are; asked once for each state."""
     if _repeatable.get(inner) == state:
         return True
-    if any(isinstance(p, DTensor) or p.numel() == 0 for p in inner.parameters()):
-        return True  # sharded: forwards of its own would have to happen on every rank
     device = input_device(inner)
     ids = torch.arange(3, 19, device=device)[None] % vocabulary_size(inner)
     cuda = [device] if device.type == "cuda" else []
