@@ -9,7 +9,7 @@ from stemma.models.tiny import byte_tokenizer, tiny_model
 from stemma.recipes._base_model import GivenModel
 from stemma.recipes._runs import Options
 
-CLAIMS = {"prefix_kv": 8, "kvcomm": 5, "ntk_attention": 3}
+CLAIMS = {"prefix_kv": 10, "kvcomm": 5, "ntk_attention": 3}
 
 
 @pytest.fixture(scope="module")

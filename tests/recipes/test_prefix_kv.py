@@ -14,7 +14,7 @@ def test_the_reproduction_runs_and_finished_runs_are_read(tmp_path, monkeypatch)
     stored = json.loads((tmp_path / "quick" / "prefix-kv.json").read_text(encoding="utf-8"))
     assert stored["measurements"] == result["measurements"]
     claims = [row["claim"] for row in result["measurements"] if row["claim"]]
-    assert len(claims) == 10
+    assert len(claims) == 12
     found = {(row["method"], row["metric"]): row["value"] for row in result["measurements"]}
     for method in prefix_kv.METHODS:
         assert found[method, "divergence, 10⁻³ nats, kept 5%"] > 0

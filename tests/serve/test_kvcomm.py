@@ -49,7 +49,7 @@ def model_of(model_type="llama", layers=3):
 
 
 def comm_of(model_type="llama", pool=None, **config):
-    config = Config(**{"min_anchors": 2, "sharpness": 200.0} | config)
+    config = Config(**{"min_anchors": 2, "sharpness": 200.0, "recompute": 0.0} | config)
     return KVComm(model_of(model_type), byte_tokenizer(), config=config, pool=pool)
 
 
@@ -261,7 +261,7 @@ def test_adapters_belong_to_the_fingerprint():
     agent.prefill(texts(comm))
     with model.disable_adapter(), pytest.raises(InvalidBatchError, match="another adapters"):
         agent.prefill(texts(comm))
-    assert agent.prefill(texts(comm)).mode == "reuse"
+    assert agent.prefill(texts(comm)).mode == "blend"
 
 
 def test_learned_prefixes_are_refused_when_made_and_later():
@@ -320,7 +320,7 @@ def test_blend_goes_from_the_estimate_to_dense(model_type):
 
 
 def test_the_error_of_the_second_layer_is_true():
-    comm = comm_of(max_error=1e9)
+    comm = comm_of(max_error=1e9, recompute=0.15)
     agent = comm.agent("ask", ASK)
     given = texts(comm)
     blend, dense = agent.prefill(given, mode="blend"), agent.prefill(given, mode="dense")
@@ -336,7 +336,7 @@ def test_the_error_of_the_second_layer_is_true():
 def test_too_large_an_error_falls_back_learns_and_says_so():
     comm = comm_of()
     agent = filled(comm, comm.agent("ask", ASK), 2)
-    comm.config = Config(min_anchors=2, gamma=1.0, max_error=1e-6)
+    comm.config = Config(min_anchors=2, gamma=1.0, max_error=1e-6, recompute=0.0)
     with pytest.raises(InvalidBatchError, match="estimated keys are off by"):
         agent.prefill(texts(comm, 9), mode="reuse")
     prefill = agent.prefill(texts(comm, 9))

@@ -18,7 +18,7 @@ def model_of(seed=0, model_type="llama", **options):
 
 
 def comm_of(model, pool=None, **config):
-    return KVComm(model, byte_tokenizer(), config=Config(min_anchors=1, **config), pool=pool)
+    return KVComm(model, byte_tokenizer(), config=Config(**{"min_anchors": 1, "recompute": 0.0} | config), pool=pool)
 
 
 def largest(prefill, model):
@@ -166,3 +166,19 @@ def test_an_answer_has_the_tokens_of_its_cache(dtype):
     other = row.clone()
     other[0, -1] = (other[0, -1] + 1) % 256  # sampled and not yet run, so the cache does not say
     assert len(agent.answer(prefill, other).ids) == 5
+
+
+def test_by_default_what_is_reused_is_blended_within_the_error_and_the_window():
+    model, document = model_of(), "def area(w, h):\n    return w * h  # of a rectangle\n"
+    comm = comm_of(model, recompute=Config().recompute)
+    agent = comm.agent("reader", TEMPLATE)
+    for text in (TEXT, document):
+        agent.prefill({"document": text}, mode="learn")
+    given = {"document": document[::-1]}
+    auto, blend, alone = (agent.prefill(given, mode=mode) for mode in ("auto", "blend", "reuse"))
+    assert (auto.mode, alone.mode) == ("blend", "reuse")
+    assert auto.usage.computed == round(0.15 * (auto.usage.prompt - 1 - auto.usage.exact)) > 0
+    assert largest(auto, model) == largest(blend, model)
+    assert largest(auto, model)[1] < largest(alone, model)[1]
+    comm.config = Config(min_anchors=1, max_error=1e-9)
+    assert "estimated keys are off by" in agent.prefill(given).reason

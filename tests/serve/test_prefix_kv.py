@@ -45,9 +45,9 @@ def padded(rows):
 
 
 CONFIGS = {
-    "PrefixKV": {},
-    "uniform": {"allocation": "uniform"},
-    "normalized": {"score": "normalized"},
+    "PrefixKV": {"score": "observed"},
+    "uniform": {"allocation": "uniform", "score": "observed"},
+    "normalized": {},
     "StreamingLLM": {"allocation": "uniform", "score": "recent", "protect_first": 4},
     "SnapKV": {"allocation": "uniform", "score": "window", "window": 6},
     "PyramidKV": {"allocation": "pyramid", "score": "window", "window": 6},
@@ -93,13 +93,13 @@ def test_kept_tokens_are_the_most_attended_and_sizes_those_of_the_waterline():
     curves = [retained_mass(mass[layer], order) for layer, order in enumerate(orders)]
     sizes = waterline(curves, 60, 2)
     assert sizes.max() > sizes.min()
-    cache = compress(model, [row], Config(keep=0.3))
+    cache = compress(model, [row], Config(keep=0.3, score="observed"))
     for layer in range(4):
         assert cache.positions(layer)[0] == sorted(orders[layer][: sizes[layer]].tolist())
     report = cache.report()
     retained = [layer.retained_mass for layer in report.layers]
     assert retained == [curve[size] for curve, size in zip(curves, sizes, strict=True)]
-    uniform = compress(model, [row], Config(keep=0.3, allocation="uniform")).report()
+    uniform = compress(model, [row], Config(keep=0.3, allocation="uniform", score="observed")).report()
     assert min(retained) > min(layer.retained_mass for layer in uniform.layers)
     assert report.kept_bytes == uniform.kept_bytes
     assert compress(model, [row], Config(keep=0.3, **CONFIGS["random"])).report().layers[0].retained_mass is None
@@ -107,8 +107,8 @@ def test_kept_tokens_are_the_most_attended_and_sizes_those_of_the_waterline():
 
 def test_scores_are_what_they_say():
     mass = np.array([4.0, 2.0, 2.0, 1.0, 0.0, 0.5, 0.5])
-    assert np.array_equal(_importance(mass, 0, Config()), mass)
-    normalized = _importance(mass, 0, Config(score="normalized"))
+    assert np.array_equal(_importance(mass, 0, Config(score="observed")), mass)
+    normalized = _importance(mass, 0, Config())
     np.testing.assert_allclose(normalized, [mass[j] / (7 - j) for j in range(7)])
     votes = _importance(mass, 0, Config(score="window"))
     np.testing.assert_allclose(votes, [mass[max(0, j - 2) : j + 3].sum() / 5 for j in range(7)])
@@ -303,7 +303,7 @@ def test_a_profile_of_something_else_is_refused(tmp_path):
         "another model or other weights": (deep(seed=1), Config(keep=0.2)),
         "for layer 3, the model has 2 layers": (cached(LLAMA), Config(keep=0.2)),
         "keep 0.2 of all, not 0.3": (model, Config(keep=0.3)),
-        'with score="observed", not "normalized"': (model, Config(keep=0.2, score="normalized")),
+        'with score="normalized", not "observed"': (model, Config(keep=0.2, score="observed")),
     }
     for words, (other, config) in others.items():
         with pytest.raises(stemma.InvalidBatchError, match=words):

@@ -57,8 +57,8 @@ def run(options: Options) -> dict[str, Any]:
     problems, document, least = (6, 64, 3) if quick else (16, 128, 8) if given else (72, 256, 12)
     lengths = () if given else (64, 128) if quick else (128, 256, 512, 1024)
     rules = {
-        OURS: Config(header="\n", min_anchors=least),
-        PUBLISHED: Config(header="\n", min_anchors=2, sharpness=None),
+        OURS: Config(header="\n", min_anchors=least, recompute=0),
+        PUBLISHED: Config(header="\n", min_anchors=2, sharpness=None, recompute=0),
     }
     if given:
         del rules[PUBLISHED]

@@ -32,11 +32,13 @@ from stemma.train.seeds import stream
 __all__ = ["run"]
 
 OURS, PROFILE, VOTES = "PrefixKV", "PrefixKV, profile", "PrefixKV, window votes"
+NORMALIZED = "PrefixKV, normalized"
 METHODS: dict[str, dict[str, Any]] = {
     OURS: {"allocation": "waterline", "score": "observed"},
     PROFILE: {"allocation": "waterline", "score": "observed"},
     "uniform": {"allocation": "uniform", "score": "observed"},
-    "PrefixKV, normalized": {"allocation": "waterline", "score": "normalized"},
+    "uniform, normalized": {"allocation": "uniform", "score": "normalized"},
+    NORMALIZED: {"allocation": "waterline", "score": "normalized"},
     VOTES: {"allocation": "waterline", "score": "window", "window": 32},
     "SnapKV-like": {"allocation": "uniform", "score": "window", "window": 32},
     "PyramidKV-like": {"allocation": "pyramid", "score": "window", "window": 32},
@@ -229,6 +231,8 @@ class _Report(Report):
             values = {name: self._curve(name, metric)[0.2] for name in METHODS}
             for pair in (OURS, "uniform"), (VOTES, "SnapKV-like"):
                 self._claim(pair[0], values, words, pair, "sizes by layer lose less than equal ones")
+            claim = "our default: attention divided by the queries that see a token loses less than their sum"
+            self._claim(NORMALIZED, values, words, (NORMALIZED, OURS), claim)
             for name in ("SnapKV-like", "PyramidKV-like", "StreamingLLM-like", "random") if metric == "lost" else ():
                 self._claim(OURS, values, words, (OURS, name), "lowest perplexity at equal budgets")
         for keep in KEPT:

@@ -25,7 +25,8 @@ What we changed and why:
 - A text that is an anchor itself takes that anchor alone. Anchors credited with a use are those up to `top_p`, never
   all of them; a pool holds no more than its limit, in number and in bytes.
 - Parts whose tokens, joined, are not the tokens of the text are refused. What was done, and why, is in the result.
-- "blend" computes the tokens anew whose estimated keys are furthest off, as CacheBlend (arXiv 2405.16444) does;
+- A share of the tokens is computed anew, those whose estimated keys are furthest off, as CacheBlend (arXiv 2405.16444)
+  does: on a pretrained model nearer to a dense prefill than estimates alone, the paper's (`Config(recompute=0)`);
   `max_error` falls back to a dense prefill by the same measure.
 
 One prompt at a time. Relations: exact reuse of common beginnings is `stemma.decode.generate`.
@@ -42,7 +43,7 @@ for text in ("The library opens at nine.", "The museum closes at six."):  # the 
     answer = model.generate(**prefill.inputs, past_key_values=prefill.cache, max_new_tokens=4, do_sample=False)
     print(prefill.mode)
 # prints: dense
-# prints: reuse
+# prints: blend
 ```
 """
 
@@ -134,10 +135,10 @@ class Agent:
         Args:
             contents: a text for each placeholder: plain, or from `KVComm.content` or `answer`, so that
                 others that use it do not encode it again.
-            mode: "auto" reuses what the sharing rule allows and otherwise encodes the whole prompt, learning from it;
-                "dense" encodes it and learns nothing; "learn" encodes it and makes its texts anchors; "reuse" refuses
-                where there is no anchor to estimate from; "blend" estimates what it can and computes a share of the
-                tokens anew.
+            mode: "auto" reuses what the sharing rule allows and computes `Config.recompute` of it anew, but for prompts
+                longer than a sliding window; otherwise it encodes the whole prompt, learning from it. "dense" encodes
+                it and learns nothing; "learn" encodes it and makes its texts anchors; "reuse" refuses where there is
+                no anchor to estimate from; "blend" estimates what it can and computes a share of the tokens anew.
 
         Raises:
             InvalidBatchError: a text too many or missing; tokens that do not join; more tokens than the model has
@@ -328,29 +329,30 @@ class Agent:
                 self.comm.pool.credit([match.anchor for match in plan.matches], plan.closeness, config.top_p)
         states = cut(self.assemble(given, {name: plan.matches for name, plan in plans.items()}), 0, last)
         looked_at, error, computed = 0, None, 0
-        if (mode == "blend" or config.max_error is not None) and last > exact and len(states) > 1:
+        within = self.comm.window is None or len(ids) <= self.comm.window
+        blend = mode == "blend" or (mode == "auto" and config.recompute > 0 and within)
+        if (blend or config.max_error is not None) and last > exact and len(states) > 1:
             self._refuse_window(len(ids))
             positions = torch.arange(exact, last)
-            if mode != "blend":
+            if not blend:
                 positions = torch.linspace(exact, last - 1, min(_PROBES, last - exact)).long().unique()
             errors = key_errors(second_layer(model, ids, positions, states), states[1], positions)
             looked_at, error = positions.numel(), float(errors.mean())
-            if mode == "blend":
-                computed = round(config.recompute * positions.numel())
-                if computed:
-                    worst = errors.topk(computed).indices.sort().values.cpu()
-                    states = recompute(model, ids, positions[worst], states)
-            elif config.max_error is not None and error > config.max_error:
+            if mode != "blend" and config.max_error is not None and error > config.max_error:
                 words = f"estimated keys are off by {error:.2f} > {config.max_error}"
                 if mode == "reuse":
                     raise InvalidBatchError(f'{words}, and mode="reuse" does not compute; raise max_error.')
                 return self._dense(ids, spans, given, self.template.names, encoded, words)
+            computed = round(config.recompute * positions.numel()) if blend else 0
+            if computed:
+                worst = errors.topk(computed).indices.sort().values.cpu()
+                states = recompute(model, ids, positions[worst], states)
         without = [name for name, plan in plans.items() if not plan.matches]
         reason = f"no anchors of {{{without[0]}}}" if without else "anchors of every text"
         return Prefill(
             ids=ids,
             cache=plain_cache(states),
-            mode="blend" if mode == "blend" else "reuse",
+            mode="blend" if mode == "blend" or computed else "reuse",
             reason=reason,
             usage=Usage(
                 prompt=len(ids),

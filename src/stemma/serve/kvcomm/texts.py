@@ -48,7 +48,8 @@ class Config:
     """Relative error of the second layer's keys, measured on a few tokens, above which nothing is reused; None: not
     measured."""
     recompute: float = 0.15
-    """Share of the reused tokens that "blend" computes anew, in [0, 1]."""
+    """Share of the reused tokens that "blend" computes anew, and "auto" where it reuses, in [0, 1]; 0, the
+    paper's, leaves all of them estimates."""
     header: str = ""
     """Text in front of a text that is encoded alone, behind the tokenizer's own first tokens; it keeps those keys out
     of the base that only a first token has."""

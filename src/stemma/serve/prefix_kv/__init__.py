@@ -19,6 +19,8 @@ What we changed and why:
 - The budget is met exactly: `floor(r L N)` tokens, what bisection leaves over going to the layer that retains least.
   The paper's code stops within five tokens, truncates, and may bisect for ever where ties leave no such `p`. Protected
   tokens count, and the sizes are then the best there are for the layer that retains least.
+- By default a token's mass is divided by the number of queries that see it: the sum favours the beginning of a prompt,
+  which more queries see, and on a pretrained model the paper's `score="observed"` is further from the whole cache.
 - Batches: every row has its own sizes and tokens, as if it were alone.
 - While decoding, `Config.drop_every` drops the least important tokens. The paper's code drops whatever stands 25 places
   from the end of what is kept, which saves the bookkeeping and gives up an important token as soon as any other; here
@@ -60,10 +62,11 @@ class Config:
     allocation: Literal["waterline", "uniform", "pyramid"] = "waterline"
     """Sizes of the layers: "waterline" is PrefixKV's; "uniform" gives all the same; "pyramid" falls linearly with depth
     as in PyramidKV (arXiv 2406.02069)."""
-    score: Literal["observed", "normalized", "window", "recent", "random"] = "observed"
-    """Importance of tokens: "observed" is PrefixKV's attention mass; "normalized" divides it by the number of queries
-    that see the token; "window" is the attention of the last queries only, as in SnapKV (arXiv 2404.14469); "recent"
-    and "random" look at no attention ("recent" with `protect_first=4` is StreamingLLM's, arXiv 2309.17453)."""
+    score: Literal["observed", "normalized", "window", "recent", "random"] = "normalized"
+    """Importance of tokens: "observed" is PrefixKV's attention mass, the paper's choice; "normalized" divides it by the
+    number of queries that see the token; "window" is the attention of the last queries only, as in SnapKV (arXiv
+    2404.14469); "recent" and "random" look at no attention ("recent" with `protect_first=4` is StreamingLLM's, arXiv
+    2309.17453)."""
     protect_first: int = 1
     """Tokens at the beginning that every layer keeps, at least 0; the paper's 1."""
     protect_last: int = 1
@@ -71,8 +74,8 @@ class Config:
     window: int = 16
     """With `score="window"`: how many last queries vote, at least 1; their own tokens are kept."""
     drop_every: int | None = None
-    """While decoding: after so many new tokens, at least 1, every layer goes back to its share of all tokens, and the
-    least important go. None: all new tokens are kept."""
+    """While decoding: after so many new tokens, at least 1, every layer goes back to its share of all tokens, and those
+    with the least summed attention go. None: all new tokens are kept."""
     seed: int = 0
     """Of `score="random"`."""
 
@@ -93,8 +96,8 @@ class Config:
             raise ValueError("protect_first + protect_last must be at least 1: no layer may lose all of its keys.")
         if self.score in ("recent", "random") and self.allocation == "waterline":
             raise ValueError(f'allocation="waterline" compares attention, which score="{self.score}" does not look at.')
-        if self.score != "observed" and self.drop_every is not None:
-            raise ValueError('drop_every goes by summed attention and needs score="observed".')
+        if self.score not in ("observed", "normalized") and self.drop_every is not None:
+            raise ValueError('drop_every goes by summed attention and needs score="observed" or "normalized".')
 
     @property
     def protected(self) -> tuple[int, int]:
