@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from stemma.data.records import read_jsonl, text_field
-from stemma.errors import InvalidBatchError, InvalidDataError, UnsupportedModelError
+from stemma.errors import InvalidBatchError, InvalidDataError, OutputError, UnsupportedModelError
 from stemma.files import locked
 
 if TYPE_CHECKING:
@@ -114,6 +114,8 @@ def main(config: Config) -> dict[str, Any]:
     from stemma.cli._generate_output import Output
     from stemma.train.checkpoint import StopSignal
 
+    if config.output is None and sys.stdout is None:
+        raise OutputError("standard output is closed; give an --output")
     by_line = read_prompts(config.prompts)
     prompts = list(by_line.values())
     prefix_text = _prefix_text(config, prompts)
@@ -137,7 +139,8 @@ def main(config: Config) -> dict[str, Any]:
         while job is not None and done < len(batches):
             new, found = job.lines(done, batches[done])
             if output is None:
-                print("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in new), end="", flush=True)
+                escaped = (sys.stdout.encoding or "utf-8").lower() != "utf-8"
+                print("".join(json.dumps(line, ensure_ascii=escaped) + "\n" for line in new), end="", flush=True)
             else:
                 output.append(new)
             lines += new

@@ -16,6 +16,7 @@ import ast
 import contextlib
 import difflib
 import errno
+import io
 import json
 import math
 import os
@@ -28,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from stemma.cli._flags import parse as _parse
-from stemma.errors import StemmaError
+from stemma.errors import OutputError, StemmaError
 
 __all__ = ["commands", "main"]
 
@@ -51,9 +52,12 @@ def commands() -> dict[str, str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (default: the process's own) and return the exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # after hours of work no character may be an error
     try:
         status = _dispatch(arguments)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it was closed
+            sys.stdout.flush()
         return status
     except KeyboardInterrupt:
         print("stemma: interrupted", file=sys.stderr)
@@ -73,6 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _drop_output() -> None:
     """Keep the interpreter from complaining at exit of output that nobody takes."""
+    if sys.stdout is None:
+        return
     with contextlib.suppress(OSError):
         sys.stdout.flush()
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -137,6 +143,8 @@ def _run(name: str, arguments: list[str]) -> int:
     except SystemExit as stop:  # help has been printed (status 0), or what is wrong with the options (status 2)
         return stop.code if isinstance(stop.code, int) else 2
     try:
+        if as_json and sys.stdout is None:
+            raise OutputError("--json writes to standard output, which is closed")
         if not as_json:
             result = module.main(config)
         else:

@@ -90,7 +90,7 @@ def _writing(target: Path) -> Iterator[Path]:
             yield temporary
     except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: torch, of a disk that is full
         reason = str(error).strip().partition("\n")[0]
-        raise OutputError(f"cannot write {target}: {reason}; what was there before is kept") from error
+        raise OutputError(f"cannot write {target}: {reason}; is there room? What was there before is kept") from error
 
 
 def _save_pretrained(folder: Path, model: Any, processing_class: Any, weights: Mapping[str, Any] | None) -> None:
