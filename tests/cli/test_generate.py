@@ -1,5 +1,6 @@
 """`stemma generate`: lines as from transformers' generate, prompts of all kinds, refusals with the line."""
 
+import io
 import json
 import subprocess
 import sys
@@ -198,3 +199,42 @@ def test_the_report_counts_the_prefix(folder, tmp_path, capsys):
 def test_options_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
         Config(model="m", prompts=Path("p"), **options)
+
+
+def test_standard_output_that_takes_no_character_or_is_closed_is_no_fault_of_the_work(
+    folder, tmp_path, capsys, monkeypatch
+):
+    """An ASCII terminal gets JSON in escapes; without standard output there must be a file, which is then written."""
+    prompts, output = write(tmp_path / "prompts.jsonl", {"prompt": "é"}), tmp_path / "out.jsonl"
+    command = ["generate", str(folder), "--prompts", str(prompts), "--max-new-tokens", "8"]
+    with monkeypatch.context() as patch:
+        narrow = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+        patch.setattr("sys.stdout", narrow)
+        assert main(command) == 0
+        printed = narrow.buffer.getvalue().decode("ascii")  # type: ignore[attr-defined]
+        patch.setattr("sys.stdout", None)
+        assert main(command) == 1
+        assert main([*command, "--json"]) == 1
+        assert main([*command, "--output", str(output)]) == 0
+    assert json.loads(printed) == json.loads(output.read_text(encoding="utf-8"))
+    assert "standard output is closed; give an --output" in capsys.readouterr().err
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prefix(folder, tmp_path):
+    prompts = write(tmp_path / "prompts.jsonl", {"prompt": "b"})
+    found = []
+    for mark in (b"", b"\xef\xbb\xbf"):
+        (tmp_path / "prefix.txt").write_bytes(mark + b"a prefix")
+        output = tmp_path / f"{len(mark)}.jsonl"
+        options = ["--prefix", tmp_path / "prefix.txt", "--output", output, "--max-new-tokens", "4"]
+        assert main([*map(str, ["generate", folder, "--prompts", prompts, *options])]) == 0
+        found.append(output.read_bytes())
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("flag", ["--temperature", "--top-p"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "-1"])
+def test_options_that_are_no_numbers_are_refused(folder, tmp_path, capsys, flag, value):
+    prompts = write(tmp_path / "prompts.jsonl", {"prompt": "b"})
+    assert main(["generate", str(folder), "--prompts", str(prompts), "--temperature=1", f"{flag}={value}"]) == 2
+    assert flag[2:].replace("-", "_") in capsys.readouterr().err.replace("-", "_")

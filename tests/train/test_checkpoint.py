@@ -3,14 +3,16 @@
 import json
 import signal
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stemma.data import diallock
-from stemma.errors import InvalidDataError
+from stemma.errors import InvalidDataError, OutputError
 from stemma.models.tiny import tiny_model
 from stemma.scoring.enable import enable
 from stemma.train.checkpoint import StopSignal, latest, load_state, load_weights, save, save_model
@@ -122,3 +124,29 @@ def test_the_first_signal_asks_and_the_second_acts() -> None:
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) == before
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device"), RuntimeError("unexpected pos 1 vs 2\nframe"), SafetensorError("full")],
+)
+def test_whatever_cannot_be_written_is_one_error_and_leaves_what_was_there(tmp_path: Path, monkeypatch, error) -> None:
+    save_step(tmp_path, 5)
+    monkeypatch.setattr("torch.save", mock.Mock(side_effect=error))
+    for step in (5, 6):
+        with pytest.raises(OutputError, match=rf"cannot write .*checkpoint-00000{step}: .*is there room\?") as raised:
+            save_step(tmp_path, step)
+        assert "\n" not in str(raised.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000005"]
+    assert load_state(latest(tmp_path))["global_step"] == 5
+
+
+def test_pruning_that_is_killed_leaves_no_part_under_a_real_name(tmp_path: Path, monkeypatch) -> None:
+    save_step(tmp_path, 5)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", mock.Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            save_step(tmp_path, 6, save_total_limit=1)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-000006"]
+    save_step(tmp_path, 7)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-000006", "checkpoint-000007"]

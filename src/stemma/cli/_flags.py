@@ -267,8 +267,8 @@ def _read_yaml(name: str, path: str) -> dict[Any, Any]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         _refuse(name, f"cannot read the file '{path}' of --config: {reason}")
-    except yaml.YAMLError as error:
-        _refuse(name, f"{path} is not YAML: {' '.join(str(error).split())}")
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date or number that is none, nesting without end
+        _refuse(name, f"{path} is not YAML: {' '.join(str(error).split())[:300]}")
     if not isinstance(values, dict) or not values:
         _refuse(name, f"{path} holds no options; expected lines such as 'max_steps: 100', got {values!r}")
     return values
