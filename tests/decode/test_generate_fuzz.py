@@ -74,6 +74,7 @@ def options_of(draw):
                 {"prefill_chunk_size": 3},
             ]
         )
+    alone = alone and not {"repetition_penalty", "no_repeat_ngram_size"} & set(options)  # which look at padding, too
     if draw.random() < 0.3:
         options["stopping_criteria"] = [Ends(draw.randrange(9))]
     return options, alone
