@@ -10,7 +10,11 @@ from transformers import CONFIG_MAPPING
 from stemma.census import NOT_STANDALONE, __main__, build, model_types, shrunken_config
 from stemma.census.measure import EXACT, INCONCLUSIVE, NOT_BUILT, REFUSED, WRONG, Measurement, census_tree, measure
 from stemma.census.report import read, write
+from stemma.errors import NonFiniteError, UnsupportedModelError
 from stemma.models import adapter
+from stemma.prefix.tree import PrefixTree
+from stemma.scoring.enable import enable
+from stemma.scoring.score import score
 
 TABLE = Path(__file__).parents[2] / "docs" / "support.md"
 MAINSTREAM = (
@@ -38,6 +42,29 @@ def test_type_is_exact_or_refused_as_the_table_says(
             f"docs/support.md says {rows[model_type]['Result']!r}, measured {found.result!r} {found.reason}. If "
             "that is meant, run: python -m stemma.census --write docs/support.md"
         )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("model_type", [name for name in model_types() if name not in NOT_STANDALONE])
+def test_half_precision_is_judged_as_the_table_says(
+    model_type: str, dtype: torch.dtype, table: tuple[str, dict[str, dict[str, str]]]
+) -> None:
+    model = build(model_type, dtype)
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.arange(3, 20)[None], use_cache=False)
+    except Exception as error:
+        pytest.skip(f"no forward in this precision: {error}")
+    result = EXACT
+    try:
+        enable(model)
+        score(model, PrefixTree.from_groups([list(range(3, 40))], [[[5, 6, 7], [8, 9]]]), mode="shared")
+    except NonFiniteError as error:
+        pytest.skip(str(error))
+    except UnsupportedModelError:
+        result = REFUSED
+    assert result == table[1][model_type]["Result"]
 
 
 def test_table_is_complete_and_shows_what_is_promised(table: tuple[str, dict[str, dict[str, str]]]) -> None:
