@@ -56,4 +56,4 @@ def test_prompts_are_compressed_and_passed_on(real_model, dtype):
     row = model.generate(**prefill.inputs, past_key_values=prefill.cache, max_new_tokens=12, do_sample=False)
     answer = asking.answer(prefill, row)
     assert tokenizer.eos_token_id not in answer.ids
-    assert [checking.prefill({"answer": answer}).mode for _ in range(2)] == ["dense", "reuse"]
+    assert [checking.prefill({"answer": answer}).mode for _ in range(2)] == ["dense", "blend"]

@@ -120,7 +120,7 @@ def test_an_answer_is_handed_on_as_tokens_with_its_states(stop):
     for got, expected in zip(back, whole, strict=True):
         torch.testing.assert_close(got.key, expected.key, rtol=0, atol=1e-6)
         torch.testing.assert_close(got.value, expected.value, rtol=0, atol=1e-6)
-    first, again = (checking.prefill({"answer": answer}) for _ in range(2))
+    first, again = checking.prefill({"answer": answer}), checking.prefill({"answer": answer}, mode="reuse")
     assert first.ids == [*b"He said\n", *kept, *b"\nRight?"]
     assert (first.mode, first.usage.encoded, again.mode) == ("dense", 0, "reuse")
     assert comm.pool.anchors("answer")[0].origin == "generated"
