@@ -75,7 +75,7 @@ def indexes(corpus: Corpus, encoder: Any, sparse_encoder: str | None) -> dict[st
 
 
 def measure_collections(recorder: Recorder, names: list[str], folder: Path, encoder: str, sparse_encoder: str) -> None:
-    """Quality by collection, pooled over their queries, and the p-values of the best against the others."""
+    """Quality by collection; of several also over all queries, with the p-values of one method against the others."""
     data = collections.folder()
     assert data is not None, "set STEMMA_DATA to the folder that holds ir/"
     cached = CachedQueries(load_encoder(encoder, "SentenceTransformer")) if encoder else None
@@ -91,6 +91,8 @@ def measure_collections(recorder: Recorder, names: list[str], folder: Path, enco
             for measure, values in found.values.items():
                 own = {f"{name} {query}": value for query, value in values.items()}
                 pooled.setdefault(method, {}).setdefault(measure, {}).update(own)
+    if len(names) == 1:
+        return
     everything = {method: Evaluation(values, (), ()) for method, values in pooled.items()}
     shapes = {"collections": names, "queries": len(next(iter(pooled.values()))["AP"])}
     for method, found in everything.items():

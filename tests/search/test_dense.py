@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -132,6 +133,16 @@ def test_a_text_that_comes_at_the_end_of_an_update_is_found(corpus, monkeypatch)
     index = Dense(corpus, letters)
     assert late == []
     assert list(index.ranked("m", 1)) == ["late"]
+
+
+def test_threads_and_other_indexes_over_one_corpus_agree(corpus):
+    index, other = Dense(corpus, letters), Dense(Corpus.open(corpus.path), letters)
+    corpus.add(made_up(600, seed=1, first=200))
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: index.ranked("bcd", 20), range(8)))
+    assert all(each == found[0] for each in found)
+    assert other.ranked("bcd", 20) == found[0]
+    assert Store(index.folder).rows["numbers"] == 720  # every text was encoded once
 
 
 def test_an_older_copy_of_the_corpus_is_noticed(corpus, tmp_path):

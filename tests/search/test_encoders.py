@@ -1,9 +1,12 @@
 """Encoders of sentence-transformers: from a folder, with prompts, dense and sparse; no pickle is loaded."""
 
+import shutil
+
 import numpy as np
 import pytest
 
 from search.letters import corpus_of, made_up
+from stemma.errors import InvalidDataError
 from stemma.search import Dense, Reranked, Sparse
 
 sentence_transformers = pytest.importorskip("sentence_transformers")
@@ -38,6 +41,14 @@ def test_a_folder_is_a_dense_encoder(backbone, tmp_path):
     expected = vectors @ model.encode_query("m k", normalize_embeddings=True)
     assert index.ranked("m k", 40) == pytest.approx(dict(zip((d.id for d in corpus), expected.tolist())), abs=1e-5)
     assert not np.allclose(model.encode("m k"), model.encode_query("m k"))
+
+
+def test_a_folder_without_safe_weights_is_refused(backbone, tmp_path):
+    shutil.copytree(backbone, tmp_path / "pickled")
+    (tmp_path / "pickled" / "model.safetensors").rename(tmp_path / "pickled" / "pytorch_model.bin")
+    for folder in ("pickled", "none"):
+        with pytest.raises(InvalidDataError, match=f"cannot load the encoder '.*{folder}'"):
+            Dense(corpus_of(tmp_path / "c.sqlite", []), tmp_path / folder)
 
 
 def test_a_sparse_encoder_names_its_terms(backbone, tmp_path):

@@ -26,6 +26,7 @@ def load_encoder(encoder: Any, kind: str) -> Any:
 
     Raises:
         MissingExtraError: sentence-transformers is not installed.
+        InvalidDataError: it cannot load the model.
     """
     if not isinstance(encoder, str | PathLike):
         return encoder
@@ -33,7 +34,10 @@ def load_encoder(encoder: Any, kind: str) -> Any:
         import sentence_transformers
     except ImportError as error:
         raise MissingExtraError("sentence-transformers", "search", f"the encoder '{encoder}'") from error
-    return getattr(sentence_transformers, kind)(str(encoder), model_kwargs={"use_safetensors": True})  # never a pickle
+    try:
+        return getattr(sentence_transformers, kind)(str(encoder), model_kwargs={"use_safetensors": True})  # no pickle
+    except (OSError, ValueError) as error:
+        raise InvalidDataError(f"cannot load the encoder '{encoder}': {error}") from error
 
 
 class Encoded(Index):
