@@ -125,3 +125,18 @@ def test_a_config_is_read_from_folder_and_file(folder: Path) -> None:
     by_folder, by_file = load_config(str(folder)), load_config(str(folder / "config.json"))
     assert by_folder.to_diff_dict() == by_file.to_diff_dict()
     assert by_folder.hidden_size == 32
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("generation_config.json", "true"),
+        ("config.json", "[]"),
+        ("config.json", '{"model_type": "llama", "hidden_size": "x"}'),
+    ],
+)
+def test_whatever_a_broken_config_raises_is_one_message(tmp_path, file, text):
+    tiny_model("llama").save_pretrained(tmp_path)
+    (tmp_path / file).write_text(text, encoding="utf-8")
+    with pytest.raises(UnsupportedModelError, match=r"no config could be read|could not be loaded"):
+        load_model(str(tmp_path))
