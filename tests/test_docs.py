@@ -235,11 +235,13 @@ def test_every_page_is_in_the_navigation() -> None:
     assert listed == {path.relative_to(ROOT / "docs").as_posix() for path in PAGES if path.parent != ROOT}
 
 
-def test_the_page_on_rollouts_says_what_the_rows_say() -> None:
-    from benchmarks import pages, rollout_table, rows
+@pytest.mark.parametrize("name", ["rollout", "search"])
+def test_the_page_says_what_the_rows_say(name: str) -> None:
+    from benchmarks import pages, rows
 
-    text = rollout_table.PAGE.read_text(encoding="utf-8")
-    assert pages.with_block(text, rollout_table.block(rows.load(rows.RESULTS / "rollout.jsonl")), "rollout") == text
+    table = importlib.import_module(f"benchmarks.{name}_table")
+    text = table.PAGE.read_text(encoding="utf-8")
+    assert pages.with_block(text, table.block(rows.load(rows.RESULTS / f"{name}.jsonl")), name) == text
 
 
 def test_every_figure_is_on_a_page() -> None:
