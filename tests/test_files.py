@@ -144,3 +144,17 @@ def test_a_lock_that_cannot_be_written_is_one_message(tmp_path: Path) -> None:
             locked(tmp_path / folder / "l"),
         ):
             raise AssertionError
+
+
+def test_without_the_locks_of_unix_outputs_are_still_replaced(tmp_path: Path) -> None:
+    (tmp_path / f".a.json.{socket.gethostname()}.{2**22 + 1}.tmp").touch()
+    process = run(
+        f"""import os, sys
+sys.platform, sys.modules["fcntl"], os.kill = "win32", None, None
+from stemma.files import *
+with locked({str(tmp_path)!r}), locked({str(tmp_path)!r}):
+    write_json({str(tmp_path / "a.json")!r}, [1])"""
+    )
+    assert process.wait() == 0
+    assert json.loads((tmp_path / "a.json").read_text()) == [1]
+    assert len(names(tmp_path)) == 2

@@ -1,6 +1,5 @@
 """Outputs that appear whole or not at all, and the lock that keeps two processes from writing the same one."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -14,6 +13,9 @@ from typing import Any
 
 from stemma.errors import OutputError
 
+if sys.platform != "win32":
+    import fcntl
+
 __all__ = ["digest", "locked", "remove", "replacing", "write_json", "write_text"]
 
 
@@ -22,7 +24,7 @@ def replacing(path: str | os.PathLike[str], *, overwrite: bool = True) -> Iterat
     """A path beside `path` for the block to write a file or a folder to, which then takes the place of `path`.
 
     When the block fails, what it wrote is removed and `path` stays as it was. What a killed process of this machine has
-    left behind is removed by the next one that writes the same path.
+    left behind is removed by the next one that writes the same path (not on Windows).
 
     Args:
         overwrite: False keeps what another process has put there in the meantime, and drops what the block wrote.
@@ -77,11 +79,15 @@ def locked(output: str | os.PathLike[str]) -> Iterator[None]:
 
     The lock holds the host and process id of its owner. The system frees the lock when its owner dies, however it dies;
     the file that is then left is taken over with a note on standard error. One that was left on another machine is
-    refused, because not every network file system passes locks on.
+    refused, because not every network file system passes locks on. Windows has no such locks: nothing is kept from
+    writing there.
 
     Raises:
         OutputError: another process holds it, or it cannot be written; says who, and what to do.
     """
+    if sys.platform == "win32":
+        yield
+        return
     output = Path(output)
     path = output / ".lock" if output.is_dir() else output.parent / f".{output.name}.lock"
     try:
@@ -137,6 +143,8 @@ def _leftovers(path: Path) -> Iterator[Path]:
 
 
 def _runs(process: int) -> bool:
+    if sys.platform == "win32":  # where a signal 0 is Ctrl-C
+        return True
     try:
         os.kill(process, 0)
     except ProcessLookupError:
