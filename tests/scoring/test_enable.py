@@ -11,7 +11,8 @@ import transformers
 import stemma
 from stemma.models.adapter import is_enabled
 from stemma.models.tiny import tiny_model
-from stemma.scoring.enable import SelfTest, while_enabled
+from stemma.scoring.enable import while_enabled
+from stemma.scoring.self_test import SelfTest
 
 transformers.logging.set_verbosity_error()
 

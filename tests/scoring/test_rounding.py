@@ -9,7 +9,7 @@ from decoders import KINDS, SIZES, decoder, random_tree
 from stemma.models.rounding import higher_precision, in_higher_precision, rounded_anew
 from stemma.models.tiny import tiny_model
 from stemma.scoring import check as checking
-from stemma.scoring import enable as enabling
+from stemma.scoring import self_test
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -49,7 +49,7 @@ def test_a_little_mixing_of_positions_is_refused_in_every_precision(dtype):
 
 @pytest.mark.parametrize(("dtype", "strength"), [(torch.bfloat16, 1.0), (torch.float16, 0.2)])
 def test_large_mixing_is_refused_where_there_is_no_memory_for_a_higher_precision(dtype, strength, monkeypatch):
-    monkeypatch.setattr(enabling, "higher_precision", lambda model: None)
+    monkeypatch.setattr(self_test, "higher_precision", lambda model: None)
     with pytest.raises(stemma.UnsupportedModelError, match="rounding explains"):
         stemma.enable(mixing(dtype, strength))
     stemma.enable(mixing(dtype, 0.0))

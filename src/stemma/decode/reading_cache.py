@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from stemma.errors import InvalidBatchError, UnsupportedModelError
-from stemma.models.adapter import base_model, is_enabled
+from stemma.models.adapter import base_model, is_enabled, model_label
 from stemma.models.masks import mask_is_for
 from stemma.scoring.refusals import check_model
 
@@ -119,7 +119,7 @@ class RowsCache(Cache):
         self.lengths = lengths
         self.unread: int | None = None
         """Layer that has put its keys here and not yet attended."""
-        self.label = f"{type(inner).__name__} (model type '{config.model_type}')"
+        self.label = model_label(inner)
         self._loss = loss
         self.positions_given = "position_ids" in inspect.signature(inner.forward).parameters
         """Whether the model is told the positions of new tokens; `generate` tells them only by that parameter."""

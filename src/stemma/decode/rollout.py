@@ -11,8 +11,7 @@ the given tokens, and their log-probabilities, before it samples.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -22,6 +21,7 @@ from torch import Tensor
 from stemma.decode.loop import Decoder
 from stemma.decode.sampling import StopCondition, TokenSampler
 from stemma.errors import InvalidBatchError
+from stemma.models.adapter import in_mode
 from stemma.models.limits import check_prompts, vocabulary_size
 from stemma.models.support import refuse_adapters_of_rows
 from stemma.models.tokens import as_id_list, end_token_ids
@@ -191,7 +191,7 @@ def generate_groups(
     groups_at_once = len(prompt_ids) if max_batch_size is None else max(1, max_batch_size // num_generations)
 
     decoder = Decoder(model, sampler, stop, pad_token_id)
-    with _evaluation_mode(model):
+    with in_mode(model, training=False):
         for first in range(0, len(prompt_ids), groups_at_once):
             chunk = slice(first, first + groups_at_once)
             decoder(prompt_ids[chunk], [ids for group in forced_ids[chunk] for ids in group], uniform_BGT[chunk])
@@ -216,17 +216,6 @@ def _uniform(seed: int | Sequence[int], *shape: int) -> Tensor:
         raise ValueError(f"seed must be one number or one for each of the {shape[0]} prompts, got {len(seed)}")
     rows = [torch.rand(shape[1:], generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seed]
     return torch.stack(rows)
-
-
-@contextmanager
-def _evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def check_counts(**counts: int | None) -> None:

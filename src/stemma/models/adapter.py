@@ -49,8 +49,10 @@ __all__ = [
     "TreeCall",
     "base_model",
     "implementations",
+    "in_mode",
     "input_device",
     "is_enabled",
+    "model_label",
     "register",
     "tree_call",
     "uncompiled",
@@ -118,6 +120,24 @@ def base_model(model: nn.Module) -> PreTrainedModel:
                 "language model, plain or wrapped by PEFT, DDP or FSDP."
             )
     return inner
+
+
+def model_label(model: nn.Module) -> str:
+    """Class and type of the transformers model, for messages."""
+    inner = base_model(model)
+    return f"{type(inner).__name__} (model type '{inner.config.model_type}')"
+
+
+@contextmanager
+def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Training or evaluation mode for the length of a block; then every module's own mode comes back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def uncompiled(model: nn.Module) -> nn.Module:

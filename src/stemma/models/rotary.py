@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixi
 from stemma.attention.rotary import rotate
 from stemma.cache.key_values import KeyValues
 from stemma.errors import UnsupportedModelError
-from stemma.models.adapter import base_model, input_device
+from stemma.models.adapter import base_model, in_mode, input_device, model_label
 from stemma.models.layer_attention import KERNEL_PREFIX
 from stemma.models.limits import dynamic_rope_limit, max_positions, vocabulary_size
 from stemma.models.rounding import rounded_anew
@@ -139,25 +139,21 @@ def find_rotations(model: Any) -> Rotations:
             at one position are no rotation of those at another; names the layer.
     """
     inner = base_model(model)
-    label = f"{type(inner).__name__} (model type '{inner.config.model_type}')"
+    label = model_label(inner)
     _refuse_unsuitable(inner, label, model)
     limits = (max_positions(inner), dynamic_rope_limit(inner))
     far = min([_FAR, *(limit - _TOKENS for limit in limits if limit is not None)])
     ids = torch.randint(0, vocabulary_size(inner), (_TOKENS,), generator=torch.Generator().manual_seed(0)).tolist()
-    modes = {module: module.training for module in inner.modules()}
-    inner.eval()
     try:
-        near_states, far_states = (cached_states(encode(model, ids, start=start)) for start in (0, far))
-        with rounded_anew(inner):
-            rounded = cached_states(encode(model, ids, start=0))
+        with in_mode(inner, training=False):
+            near_states, far_states = (cached_states(encode(model, ids, start=start)) for start in (0, far))
+            with rounded_anew(inner):
+                rounded = cached_states(encode(model, ids, start=0))
     except (TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
         raise UnsupportedModelError(
             f"{label} could not encode a few tokens with an ordinary cache ({type(error).__name__}: {error}), so its "
             "keys and values cannot be moved."
         ) from error
-    finally:
-        for module, training in modes.items():
-            module.training = training
     if not near_states:
         raise UnsupportedModelError(f"{label} filled no cache of keys and values, so there is nothing to move.")
     found = [

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-__all__ = ["higher_precision", "in_higher_precision", "is_materialised", "rounded_anew", "rounding_unit"]
+__all__ = ["higher_precision", "in_higher_precision", "is_materialised", "rounded_anew", "rounding_margin"]
 
 _HIGHER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
 
@@ -23,7 +23,7 @@ _CPU_BYTES = 4 << 30
 """Most memory that weights in a higher precision may take on a CPU; elsewhere half of what is free."""
 
 
-def rounding_unit(dtype: torch.dtype, device: torch.device) -> float:
+def _rounding_unit(dtype: torch.dtype, device: torch.device) -> float:
     """Relative size of one rounding error in `dtype`.
 
     Models in float64 keep float32 in their norms and softmaxes, and products of float32 are allowed fewer bits by
@@ -41,6 +41,12 @@ def rounding_unit(dtype: torch.dtype, device: torch.device) -> float:
     return unit
 
 
+def rounding_margin(dtype: torch.dtype) -> float:
+    """How many times its own rounding a model that computes in `dtype` may be off. Products of half precision are
+    summed in float32 and rounded once; those of float32 gather an error at each step of the sum."""
+    return 3.0 if dtype in (torch.float16, torch.bfloat16) else 8.0
+
+
 @contextmanager
 def rounded_anew(model: nn.Module, seed: int = 0) -> Iterator[None]:
     """Round the output of every module without children once more, by up to one unit in either direction at random.
@@ -56,7 +62,7 @@ def rounded_anew(model: nn.Module, seed: int = 0) -> Iterator[None]:
         if device not in generators:
             generators[device] = torch.Generator(device).manual_seed(seed)
         noise = torch.empty_like(output, requires_grad=False).uniform_(-1, 1, generator=generators[device])
-        return torch.addcmul(output, output, noise, value=rounding_unit(output.dtype, device))
+        return torch.addcmul(output, output, noise, value=_rounding_unit(output.dtype, device))
 
     handles = [
         module.register_forward_hook(round_again) for module in model.modules() if next(module.children(), None) is None

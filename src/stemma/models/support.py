@@ -8,7 +8,7 @@ from torch._dynamo import OptimizedModule
 from transformers import PreTrainedModel
 
 from stemma.errors import UnsupportedModelError
-from stemma.models.adapter import base_model, input_device, uncompiled
+from stemma.models.adapter import base_model, input_device, model_label, uncompiled
 
 __all__ = [
     "not_dispatching",
@@ -25,13 +25,9 @@ _LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 def not_dispatching(model: PreTrainedModel) -> UnsupportedModelError:
     """The refusal of a model whose layers do not look up their attention function."""
     return UnsupportedModelError(
-        f"{_label(model)} does not dispatch its attention through transformers' AttentionInterface, so its attention "
-        "cannot be computed over a tree. Use a model type listed as exact in docs/support.md."
+        f"{model_label(model)} does not dispatch its attention through transformers' AttentionInterface, so its "
+        "attention cannot be computed over a tree. Use a model type listed as exact in docs/support.md."
     )
-
-
-def _label(model: PreTrainedModel) -> str:
-    return f"{type(model).__name__} (model type '{model.config.model_type}')"
 
 
 def refuse_unsuitable(model: PreTrainedModel) -> None:
@@ -43,20 +39,20 @@ def refuse_unsuitable(model: PreTrainedModel) -> None:
     config = model.config
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
-            f"{_label(model)} is an encoder-decoder; a prefix tree needs a decoder-only causal language model."
+            f"{model_label(model)} is an encoder-decoder; a prefix tree needs a decoder-only causal language model."
         )
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Module) or isinstance(head, nn.ModuleList):
         raise UnsupportedModelError(
-            f"{_label(model)} has no single language-model head. Load it with AutoModelForCausalLM."
+            f"{model_label(model)} has no single language-model head. Load it with AutoModelForCausalLM."
         )
     if getattr(config, "is_causal", True) is False:
         raise UnsupportedModelError(
-            f"{_label(model)} attends in both directions; prefixes can be shared only under causal attention."
+            f"{model_label(model)} attends in both directions; prefixes can be shared only under causal attention."
         )
     if getattr(config.get_text_config(), "attn_temperature_tuning", False) and config.model_type.startswith("llama4"):
         raise UnsupportedModelError(
-            f"{_label(model)} scales its attention by the index in the row instead of position_ids "
+            f"{model_label(model)} scales its attention by the index in the row instead of position_ids "
             "(attn_temperature_tuning), which in a packed row is another number."
         )
     parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
@@ -78,19 +74,19 @@ def refuse_by_structure(model: nn.Module) -> None:
     if getattr(inner, "_is_stateful", False) or kinds:
         found = f"layers of the kind {', '.join(sorted(kinds))}" if kinds else "a state that is carried along"
         raise UnsupportedModelError(
-            f"{_label(inner)} has {found}; a prefix tree needs full or sliding-window attention in all layers, because "
-            "recurrence, convolution, linear and sparse attention cannot branch with a tree."
+            f"{model_label(inner)} has {found}; a prefix tree needs full or sliding-window attention in all layers, "
+            "because recurrence, convolution, linear and sparse attention cannot branch with a tree."
         )
     causal = {module.is_causal for module in inner.modules() if hasattr(module, "is_causal")}
     if causal == {False}:
         raise UnsupportedModelError(
-            f"{_label(inner)} is an encoder: it attends in both directions; prefixes can be shared only under causal "
-            "attention (is_decoder=True in the config of a decoder)."
+            f"{model_label(inner)} is an encoder: it attends in both directions; prefixes can be shared only under "
+            "causal attention (is_decoder=True in the config of a decoder)."
         )
     parts = [part for part in inner.modules() if isinstance(part, PreTrainedModel)]
     if not any("position_ids" in inspect.signature(part.forward).parameters for part in parts):
         raise UnsupportedModelError(
-            f"{_label(inner)} takes no position_ids: it counts positions by itself, which in a tree are others."
+            f"{model_label(inner)} takes no position_ids: it counts positions by itself, which in a tree are others."
         )
 
 

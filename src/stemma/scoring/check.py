@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from stemma.errors import InvalidBatchError
-from stemma.models.adapter import base_model, input_device
+from stemma.models.adapter import base_model, in_mode, input_device
 from stemma.models.limits import max_positions, model_shape, vocabulary_size
-from stemma.models.rounding import higher_precision, in_higher_precision, rounded_anew
+from stemma.models.rounding import higher_precision, in_higher_precision, rounded_anew, rounding_margin
 from stemma.prefix.economy import economy
 from stemma.prefix.tree import PrefixTree
-from stemma.scoring.enable import HALF_MARGIN, WIDE_MARGIN, while_enabled, without_dropout
+from stemma.scoring.enable import while_enabled
 from stemma.scoring.forward import ForwardSettings, Targets, plain_forward, tree_forward
 from stemma.scoring.refusals import check_model
 
@@ -237,7 +237,7 @@ def check(
         return time.perf_counter() - start
 
     try:
-        with while_enabled(model), torch.enable_grad(), without_dropout(model):
+        with while_enabled(model), torch.enable_grad(), in_mode(model, training=False):
             check_model(model)
             say(
                 f"{tree.num_sequences} sequences of {tree.total_tokens} tokens, {tree.unique_tokens} distinct: "
@@ -272,7 +272,7 @@ def check(
         margin = _MARGIN
     else:
         errors, plain_errors = _errors(of_shared, of_plain), _errors(rounded, of_plain)
-        margin = HALF_MARGIN if inner.dtype in (torch.float16, torch.bfloat16) else WIDE_MARGIN
+        margin = rounding_margin(inner.dtype)
     plain_time, shared_time = np.median(np.array(times), axis=0)
     return CheckReport(
         model_type=inner.config.model_type,

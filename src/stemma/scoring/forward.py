@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stemma.errors import UnsupportedModelError
-from stemma.models.adapter import LAYOUT_ARGUMENT, TreeCall, base_model, input_device, tree_call, uncompiled
+from stemma.models.adapter import (
+    LAYOUT_ARGUMENT,
+    TreeCall,
+    base_model,
+    input_device,
+    model_label,
+    tree_call,
+    uncompiled,
+)
 from stemma.prefix.layout import Layout
 from stemma.prefix.tree import PrefixTree
 from stemma.scoring.head import Head
@@ -125,7 +133,7 @@ def check_calls(model: nn.Module, call: TreeCall) -> None:
         UnsupportedModelError: names the model and the number of layers.
     """
     inner = base_model(model)
-    label = f"{type(inner).__name__} (model type '{inner.config.model_type}')"
+    label = model_label(inner)
     layers = getattr(inner.config.get_text_config(), "num_hidden_layers", None)
     if call.calls == 0 or (isinstance(layers, int) and call.calls < layers):
         raise UnsupportedModelError(

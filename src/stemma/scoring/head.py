@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stemma.errors import NonFiniteError, UnsupportedModelError
+from stemma.models.adapter import model_label
 from stemma.prefix.logprob import chunked_logprobs
 
 __all__ = ["Head"]
@@ -46,7 +47,7 @@ class Head:
         """`row` and `column` `(M,)` of the predicting positions in token ids of `shape` (rows, tokens)."""
         self.model, self.row, self.column, self.shape = model, row, column, shape
         self.module = model.get_output_embeddings()
-        self.label = f"{type(model).__name__} (model type '{model.config.model_type}')"
+        self.label = model_label(model)
         self.hidden: Tensor | None = None
         self.raw: Tensor | None = None
         self.autocast: tuple[str, torch.dtype, bool] | None = None

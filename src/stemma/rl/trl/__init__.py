@@ -59,6 +59,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from stemma.errors import MissingExtraError, StemmaError
+from stemma.models.adapter import in_mode
 from stemma.prefix.tree import PrefixTree
 from stemma.rl.engine.hooks import Run
 from stemma.rl.trl.rows import TokenCredit, TokenPrompts
@@ -73,7 +74,7 @@ __all__ = ["GRPOTrainer", "RLOOTrainer"]
 TESTED_VERSIONS = ">=1.16,<1.17"
 """The releases of TRL that the contract tests of this module run against; others are refused."""
 
-_SEAMS = (
+_HOOKS = (
     "_prepare_inputs",
     "_get_per_token_logps_and_entropies",
     "_generate_and_score_completions",
@@ -244,14 +245,8 @@ def _rehearse(model: Any) -> None:
     if any(parameter.is_meta or not parameter.numel() for parameter in model.parameters()):
         return  # weights that are sharded or not loaded yet
     tree = PrefixTree.from_groups([list(range(9))], [[[0], [1]]])
-    modes = [(module, module.training) for module in model.modules()]
-    model.train()
-    try:
-        with torch.no_grad(), torch.random.fork_rng():
-            score(model, tree, mode="shared")
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with in_mode(model, training=True), torch.no_grad(), torch.random.fork_rng():
+        score(model, tree, mode="shared")
 
 
 def _tested_trainer(name: str) -> type:
@@ -267,7 +262,7 @@ def _tested_trainer(name: str) -> type:
             f"stemma.rl.trl is tested with trl{TESTED_VERSIONS}, and trl {trl.__version__} is installed; {remedy}"
         )
     trainer: type = getattr(trl, name)
-    for hook in _SEAMS:
+    for hook in _HOOKS:
         replaced = getattr(trainer, hook, None)
         found = list(inspect.signature(replaced).parameters.values()) if replaced else []
         ours = list(inspect.signature(getattr(_SharedPrefix, hook)).parameters.values())

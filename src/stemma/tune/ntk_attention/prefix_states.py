@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from stemma.cache.key_values import KeyValues
 from stemma.errors import InvalidBatchError, UnsupportedModelError
-from stemma.models.adapter import base_model, input_device, is_enabled
+from stemma.models.adapter import base_model, in_mode, input_device, is_enabled
 from stemma.models.layer_attention import observed_attention
 from stemma.models.limits import dynamic_rope_limit, max_positions
 from stemma.models.rotary import find_rotations, plain_cache
@@ -155,12 +155,6 @@ def attention_calls(model: Any, ids: Tensor, positions: Tensor | None = None) ->
     inner = base_model(model)
     device = input_device(inner)
     extra = {} if positions is None else {"position_ids": positions.to(device)}
-    training = {module: module.training for module in inner.modules()}
-    inner.eval()
-    try:
-        with observed_attention(observer):
-            inner(input_ids=ids.to(device), use_cache=False, **extra)
-    finally:
-        for module, was in training.items():
-            module.training = was
+    with in_mode(inner, training=False), observed_attention(observer):
+        inner(input_ids=ids.to(device), use_cache=False, **extra)
     return seen
