@@ -356,7 +356,7 @@ def test_a_seam_with_a_state_is_logged_told_and_restored(make_trainer: Make) -> 
     trainer.evaluate([{"prompt_ids": [3, 4, 5]}])
     resumed = make_trainer(rollout=Counter())
     resumed.load_state_dict(trainer.state_dict())
-    assert vars(resumed.experience.rollout) == {"calls": 2, "evaluations": 1}
+    assert vars(resumed.collector.rollout) == {"calls": 2, "evaluations": 1}
 
 
 # ---------------------------------------------------------------------------------------------- prefixed prompts

@@ -100,7 +100,7 @@ def test_the_normalizer_scales_the_gradient(make: Make, loss_type: str) -> None:
         trainer = make(
             Config(eta_start=0.5, eta_max=0.5, num_continuations=1, normalizer=normalizer), loss_type=loss_type
         )
-        batch, _ = trainer.experience.next_batch(0)
+        batch, _ = trainer.collector.next_batch(0)
         micro, _ = trainer._optimiser_batch(batch, 0)
         trainer.policy.backward(micro[0], "plain", 0.0)
         return {name: p.grad for name, p in trainer.model.named_parameters()} | {"batch": batch}
@@ -125,14 +125,14 @@ def test_continuations_are_rewarded_as_answers_to_their_own_problem_and_never_tr
 
     trainer = make(HALF, reward_funcs=reward)
     continued: list[Any] = []
-    rollout = trainer.experience.rollout
+    rollout = trainer.collector.rollout
 
     def kept(*arguments: Any) -> Any:
         batch = rollout(*arguments)
         continued.append(batch.extras["continuations"])
         return batch
 
-    trainer.experience.rollout = kept
+    trainer.collector.rollout = kept
     metrics = trainer.step()
     batch, continuations = trainer._batch, continued[0]
     (prompts, completions), (more_prompts, more) = calls
@@ -177,7 +177,7 @@ def test_evaluation_raises_eta_without_continuations_and_a_resumed_run_keeps_it(
         for _ in range(2):  # the second repeats the first: no new best
             trainer.evaluate(rows)
         assert calls == [8, 8]
-        assert trainer.experience.rollout.eta == pytest.approx(0.55)
+        assert trainer.collector.rollout.eta == pytest.approx(0.55)
     second.model.load_state_dict(first.model.state_dict())
     second.load_state_dict(first.state_dict())
     expected = [whole.step() for _ in range(2)]
@@ -187,7 +187,7 @@ def test_evaluation_raises_eta_without_continuations_and_a_resumed_run_keeps_it(
 
 def test_demonstration_prefixes_are_refused(make: Make, make_trainer: Make, make_model: Make) -> None:
     trainer = make(HALF, prompts=rows_with_demonstrations, max_completion_length=32)
-    trainer.experience.rollout = prefix_rft.PrefixSampling(
+    trainer.collector.rollout = prefix_rft.PrefixSampling(
         prefix_rft.Config(),
         total_steps=10,
         vocab_size=diallock.VOCAB_SIZE,

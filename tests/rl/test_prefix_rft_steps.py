@@ -222,7 +222,7 @@ def test_evaluation_never_sees_a_demonstration(make: Make) -> None:
             return super().__call__(*arguments, forced=forced, **options)
 
     trainer = make(Config())
-    trainer.experience.generate = partial(trainer._sample, Counted(eos_token_id=diallock.EOS_ID))
+    trainer.collector.generate = partial(trainer._sample, Counted(eos_token_id=diallock.EOS_ID))
     trainer.evaluate(rows_with_demonstrations(9, 2))
     assert sum(lengths) == 0
     trainer.step()

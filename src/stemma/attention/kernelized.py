@@ -30,10 +30,8 @@ __all__ = [
     "FeatureMap",
     "KernelSums",
     "attention_with_partial",
-    "elu_features",
     "kernel_attention",
     "kernel_sums",
-    "random_features",
     "reference_attention_with_partial",
     "taylor_features",
 ]

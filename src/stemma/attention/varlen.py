@@ -20,7 +20,7 @@ from torch import Tensor
 from stemma.attention.kernels import block_backward, block_forward
 from stemma.prefix.layout import Block, Layout
 
-__all__ = ["Call", "Kernel", "flash_kernel", "reference_kernel", "schedule", "varlen_backward", "varlen_forward"]
+__all__ = ["flash_kernel", "reference_kernel", "schedule", "varlen_backward", "varlen_forward"]
 
 Rows = slice | Tensor
 

@@ -36,8 +36,6 @@ __all__ = [
     "KeepDouble",
     "Measurement",
     "census_tree",
-    "logprobs_alone",
-    "logprobs_packed_without_tree",
     "measure",
 ]
 

@@ -23,7 +23,7 @@ from stemma.census.measure import (
 )
 from stemma.files import write_text
 
-__all__ = ["read", "render", "write"]
+__all__ = ["read", "write"]
 
 _COLUMNS = (
     "Model type",

@@ -16,7 +16,7 @@ from stemma.cli.methods import method_files, method_name
 from stemma.rl.engine.options import Config as GRPOConfig
 from stemma.rl.engine.options import CreditName, SchedulerType
 
-__all__ = ["Config", "ServerConfig", "chosen", "config_class", "grpo_options", "method_module", "needs", "resolve"]
+__all__ = ["Config", "chosen", "config_class", "grpo_options", "method_module", "needs", "resolve"]
 
 ReportTo = Literal["none", "tensorboard", "trackio", "wandb"]
 

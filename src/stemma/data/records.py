@@ -13,7 +13,7 @@ from typing import Any
 
 from stemma.errors import InvalidDataError
 
-__all__ = ["PromptRecord", "parse_json", "read_jsonl", "read_lines", "read_prompts", "text_field"]
+__all__ = ["PromptRecord", "read_jsonl", "read_lines", "read_prompts", "text_field"]
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 

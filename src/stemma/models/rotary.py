@@ -26,7 +26,7 @@ from stemma.models.limits import dynamic_rope_limit, max_positions, vocabulary_s
 from stemma.models.rounding import rounded_anew
 from stemma.models.support import refuse_adapters_of_rows
 
-__all__ = ["LayerRotation", "Rotations", "cached_states", "encode", "few_logits", "find_rotations", "plain_cache"]
+__all__ = ["Rotations", "cached_states", "encode", "few_logits", "find_rotations", "plain_cache"]
 
 _TOKENS = 12
 _FAR = 1021

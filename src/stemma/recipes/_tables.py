@@ -7,7 +7,7 @@ from typing import Any
 
 from stemma.recipes._statistics import verdict
 
-__all__ = ["COLUMNS", "COUNTS", "claims_table", "markdown_table", "notes", "tables"]
+__all__ = ["COLUMNS", "COUNTS", "claims_table", "notes", "tables"]
 
 COLUMNS = {
     "pass@1": "pass@1",
@@ -25,12 +25,7 @@ COLUMNS = {
 }
 """Metrics of every method, and the heads of their columns."""
 COUNTS = frozenset(COLUMNS) - {
-    "pass@1",
-    "area",
-    "step_seconds",
-    "update_seconds",
-    "update_seconds_plain",
-    "gradient_error",
+    *("pass@1", "area", "step_seconds", "update_seconds", "update_seconds_plain", "gradient_error"),
 }
 """Metrics of `COLUMNS` that count tokens."""
 

@@ -37,7 +37,6 @@ __all__ = [
     "Recall",
     "Setting",
     "prefill_flops",
-    "prefill_times",
     "rows_for",
     "run",
     "train",

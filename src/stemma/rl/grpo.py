@@ -43,7 +43,6 @@ print(metrics["tokens/sampled"] > 0)
 
 from stemma.rl.engine.batch import RolloutBatch
 from stemma.rl.engine.hooks import Run, ShuffledRows, end_token_ids
-from stemma.rl.engine.losses import soft_overlong_punishment
 from stemma.rl.engine.options import Config
 from stemma.rl.engine.trainer import Trainer, check
 
@@ -55,5 +54,4 @@ __all__ = [
     "Trainer",
     "check",
     "end_token_ids",
-    "soft_overlong_punishment",
 ]

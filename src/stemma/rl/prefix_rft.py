@@ -61,7 +61,6 @@ __all__ = [
     "Config",
     "EntropyMask",
     "PrefixSampling",
-    "ReferenceCredit",
     "check_demonstrations",
     "hooks",
     "prefix_length",

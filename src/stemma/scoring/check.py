@@ -201,7 +201,6 @@ def check(
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     kept = {name: p.grad for name, p in parameters.items()}
     targets, settings, everything = Targets.of(tree), ForwardSettings(), np.arange(tree.num_sequences)
-    index = torch.from_numpy(targets.of_scored).to(device)
     begin = time.perf_counter()
 
     def say(text: str) -> None:
@@ -212,7 +211,7 @@ def check(
         return max_seconds is None or time.perf_counter() - begin + seconds <= max_seconds
 
     def shared() -> Tensor:
-        return tree_forward(model, tree, targets, settings)[0][index]
+        return targets.gather(tree_forward(model, tree, targets, settings)[0])
 
     def plain() -> Tensor:
         return plain_forward(model, tree, everything, settings)[0]

@@ -62,6 +62,10 @@ class Targets:
         target_of[targets[order]] = np.arange(order.size)
         return cls(predictor[order], tree.packed_tokens[targets[order]], target_of[tree.path[tree.scored]])
 
+    def gather(self, values: Tensor) -> Tensor:
+        """`(S,)`: of values `(E,)` of the targets, that of each scored token."""
+        return values[torch.from_numpy(self.of_scored).to(values.device)]
+
     def between(self, begin: int, end: int) -> slice:
         """The targets predicted by packed tokens `[begin, end)`."""
         return slice(*(int(cut) for cut in np.searchsorted(self.predictor, [begin, end])))

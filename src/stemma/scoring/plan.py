@@ -18,7 +18,7 @@ from stemma.prefix.parts import partition, plain_rows, walk
 from stemma.prefix.tree import PrefixTree
 from stemma.scoring.refusals import check_model, check_streaming
 
-__all__ = ["WORTH_IT", "Mode", "Plan", "choose_mode", "explain"]
+__all__ = ["Mode", "Plan", "choose_mode", "explain"]
 
 WORTH_IT = 1.05
 """Smallest FLOPs ratio at which sharing is planned."""

@@ -15,7 +15,7 @@ from stemma.prefix.parts import plain_rows
 from stemma.prefix.tree import PrefixTree
 from stemma.scoring.forward import ForwardSettings, Targets, plain_forward, tree_forward
 from stemma.scoring.plan import Mode, choose_mode
-from stemma.scoring.scores import Scores, make_scores, scalar_loss
+from stemma.scoring.scores import Scores, make_scores, scalar_loss, tree_scores
 from stemma.scoring.stream import streamed_backward, streamed_scores
 
 __all__ = ["backward", "score"]
@@ -68,24 +68,20 @@ def score(
     settings = ForwardSettings(temperature, entropy, aux_loss)
     chosen = choose_mode(model, tree, mode, max_tokens)
     if chosen == "plain":
-        return plain_scores(model, tree, settings, max_tokens)
+        return _plain_scores(model, tree, settings, max_tokens)
     if chosen == "streamed":
         assert max_tokens is not None
         return streamed_scores(model, tree, settings, max_tokens)
+    return _shared_scores(model, tree, settings)
+
+
+def _shared_scores(model: nn.Module, tree: PrefixTree, settings: ForwardSettings) -> Scores:
     targets = Targets.of(tree)
-    logprobs, entropies, aux, _ = tree_forward(model, tree, targets, settings)
-    index = torch.from_numpy(targets.of_scored).to(logprobs.device)
-    return make_scores(
-        tree,
-        logprobs[index],
-        entropies[index] if entropies is not None else None,
-        aux_loss=aux,
-        forwarded_tokens=tree.unique_tokens,
-        mode="shared",
-    )
+    logprobs, entropies, aux_loss, _ = tree_forward(model, tree, targets, settings)
+    return tree_scores(tree, targets, logprobs, entropies, aux_loss=aux_loss, mode="shared")
 
 
-def plain_scores(model: nn.Module, tree: PrefixTree, settings: ForwardSettings, max_tokens: int | None) -> Scores:
+def _plain_scores(model: nn.Module, tree: PrefixTree, settings: ForwardSettings, max_tokens: int | None) -> Scores:
     """Scores of each sequence alone, in padded micro-batches."""
     rows = plain_rows(tree, max_tokens)
     if settings.aux_loss and len(rows) > 1:
@@ -144,14 +140,8 @@ def backward(
     settings = ForwardSettings(temperature, entropy, aux_loss)
     chosen = choose_mode(model, tree, mode, max_tokens)
     if chosen == "shared" or (chosen == "plain" and max_tokens is None):
-        scores = score(
-            model,
-            tree,
-            temperature=temperature,
-            entropy=entropy,
-            aux_loss=aux_loss,
-            mode="plain" if chosen == "plain" else "shared",
-        )
+        shared = chosen == "shared"
+        scores = _shared_scores(model, tree, settings) if shared else _plain_scores(model, tree, settings, None)
         value = scalar_loss(loss(scores))
         value.backward()
         return value.detach(), _detached(scores)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from stemma.prefix.tree import PrefixTree
+from stemma.scoring.forward import Targets
 
-__all__ = ["Scores", "make_scores", "scalar_loss"]
+__all__ = ["Scores", "make_scores", "scalar_loss", "tree_scores"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +79,26 @@ def make_scores(
         num_columns=tree.num_columns,
         aux_loss=aux_loss,
         forwarded_tokens=forwarded_tokens,
+        mode=mode,
+    )
+
+
+def tree_scores(
+    tree: PrefixTree,
+    targets: Targets,
+    logprobs: Tensor,
+    entropies: Tensor | None,
+    *,
+    aux_loss: Tensor | None = None,
+    mode: str,
+) -> Scores:
+    """Scores of all sequences from values `(E,)` of the tree's targets."""
+    return make_scores(
+        tree,
+        targets.gather(logprobs),
+        None if entropies is None else targets.gather(entropies),
+        aux_loss=aux_loss,
+        forwarded_tokens=tree.unique_tokens,
         mode=mode,
     )
 

@@ -95,7 +95,7 @@ class SelfTest:
                 f"{self.label} cannot run over a prefix tree: its forward failed on a packed row without a mask "
                 f"({type(error).__name__}: {error}). Use the plain forward for it."
             ) from error
-        return logprobs[torch.from_numpy(targets.of_scored).to(logprobs.device)]
+        return targets.gather(logprobs)
 
     def _size(self, difference: Tensor, dtype: torch.dtype | None) -> float:
         """Of a difference `(S,)` behind the first sequence."""

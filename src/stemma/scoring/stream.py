@@ -25,7 +25,7 @@ from stemma.models.weights_state import weights_state
 from stemma.prefix.parts import Part, partition, walk
 from stemma.prefix.tree import PrefixTree
 from stemma.scoring.forward import ForwardSettings, Targets, tree_forward
-from stemma.scoring.scores import Scores, make_scores, scalar_loss
+from stemma.scoring.scores import Scores, make_scores, scalar_loss, tree_scores
 
 __all__ = ["streamed_backward", "streamed_scores"]
 
@@ -144,7 +144,7 @@ def streamed_backward(
     """
     targets = Targets.of(tree)
     sequence_of_scored = np.repeat(np.arange(tree.num_sequences), tree.lengths)[tree.scored]
-    kept, total = _TargetBuffer(targets, settings), []
+    kept, total = _TargetBuffer(), []
 
     def consume(part: Part, path: list[_Result]) -> None:
         kept.store(path[-1])
@@ -172,7 +172,7 @@ def streamed_backward(
         total.append(value.detach())
 
     _walk(model, tree, targets, settings, partition(tree, max_tokens), consume)
-    return torch.stack(total).sum(), kept.scores(tree)
+    return torch.stack(total).sum(), tree_scores(tree, targets, *kept.values(), mode="streamed")
 
 
 def streamed_scores(model: nn.Module, tree: PrefixTree, settings: ForwardSettings, max_tokens: int) -> Scores:
@@ -181,7 +181,7 @@ def streamed_scores(model: nn.Module, tree: PrefixTree, settings: ForwardSetting
         raise ValueError("the auxiliary loss is not a sum over parts of a batch: raise max_tokens or drop aux_loss.")
     targets = Targets.of(tree)
     parts = partition(tree, max_tokens)
-    kept = _TargetBuffer(targets, settings)
+    kept = _TargetBuffer()
     with torch.no_grad():
         _walk(model, tree, targets, settings, parts, lambda _, path: kept.store(path[-1]))
     logprobs, entropies = kept.values()
@@ -206,14 +206,7 @@ def streamed_scores(model: nn.Module, tree: PrefixTree, settings: ForwardSetting
 
         logprobs, replayed = _Replay.apply(anchor, logprobs, entropies, replay)
         entropies = replayed if settings.entropy else None
-    index = torch.from_numpy(targets.of_scored).to(logprobs.device)
-    return make_scores(
-        tree,
-        logprobs[index],
-        None if entropies is None else entropies[index],
-        forwarded_tokens=tree.unique_tokens,
-        mode="streamed",
-    )
+    return tree_scores(tree, targets, logprobs, entropies, mode="streamed")
 
 
 class _Replay(torch.autograd.Function):
@@ -237,8 +230,7 @@ class _Replay(torch.autograd.Function):
 class _TargetBuffer:
     """Scores of the targets of all parts, detached, in one row."""
 
-    def __init__(self, targets: Targets, settings: ForwardSettings) -> None:
-        self.targets, self.settings = targets, settings
+    def __init__(self) -> None:
         self.parts: list[_Result] = []
 
     def store(self, result: _Result) -> None:
@@ -247,18 +239,5 @@ class _TargetBuffer:
 
     def values(self) -> tuple[Tensor, Tensor | None]:
         ordered = sorted(self.parts, key=lambda result: result.targets.start)
-        logprobs = torch.cat([result.logprobs for result in ordered])
-        return logprobs, (
-            torch.cat([r.entropies for r in ordered if r.entropies is not None]) if self.settings.entropy else None
-        )
-
-    def scores(self, tree: PrefixTree) -> Scores:
-        logprobs, entropies = self.values()
-        index = torch.from_numpy(self.targets.of_scored).to(logprobs.device)
-        return make_scores(
-            tree,
-            logprobs[index],
-            None if entropies is None else entropies[index],
-            forwarded_tokens=tree.unique_tokens,
-            mode="streamed",
-        )
+        entropies = [result.entropies for result in ordered if result.entropies is not None]
+        return torch.cat([result.logprobs for result in ordered]), torch.cat(entropies) if entropies else None

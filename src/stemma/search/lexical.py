@@ -24,7 +24,7 @@ from stemma.search.corpus import Corpus
 from stemma.search.index import Index, check_request
 from stemma.search.runs import best, best_rows
 
-__all__ = ["STOP_WORDS", "Lexical"]
+__all__ = ["Lexical"]
 
 _WORD = r"[^\W_]+"
 STOP_WORDS = frozenset(

@@ -35,7 +35,7 @@ from stemma.train.distributed import any_process, broadcast_parameters, sum_grad
 from stemma.train.optimizer import adamw, apply_gradients, schedule
 from stemma.train.tracking import Tracker
 
-__all__ = ["Config", "Loss", "Stepper", "Trainer", "run_steps"]
+__all__ = ["Config", "Loss", "Trainer", "run_steps"]
 
 Batch = Mapping[str, Tensor]
 Loss = Callable[[nn.Module, Batch], tuple[Tensor, Mapping[str, float]]]
@@ -62,13 +62,13 @@ class Config:
     """AdamW's decay of the mean of squared gradients, in [0, 1)."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this 2-norm; 0 leaves them alone."""
-
     gradient_accumulation_steps: int = 1
     """Parts of a batch that go through the model one after the other, >= 1; the step is that of the whole batch."""
 
     def __post_init__(self) -> None:
-        least = {"max_steps": 1, "learning_rate": 0, "warmup_steps": 0, "max_grad_norm": 0}
-        for name, low in {**least, "gradient_accumulation_steps": 1}.items():
+        positive = ("max_steps", "gradient_accumulation_steps")
+        for name in (*positive, "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm"):
+            low = int(name in positive)
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}; got {getattr(self, name)!r}")
 

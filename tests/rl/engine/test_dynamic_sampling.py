@@ -44,7 +44,7 @@ def test_the_batch_is_the_first_prompts_whose_rewards_differ(make_trainer: Make)
     assert trainer._batch.prompt_ids == [prompt for prompt in asked_from(0) if not is_equal(prompt)][:2]
     assert different_rewards(trainer._batch).all()
     assert (trainer._batch.advantages.view(2, 4).abs().amax(1) > 0).all()
-    assert trainer.experience.generations == 3
+    assert trainer.collector.generations == 3
     counts = {name: metrics[f"dynamic_sampling/groups_{name}"] for name in ("sampled", "kept", "filled")}
     assert counts == {"sampled": 6, "kept": 2, "filled": 0}
     # All that was sampled is paid for, and enters the mean reward.
@@ -61,7 +61,7 @@ def asked_from(generation: int) -> list[list[int]]:
 def test_without_it_every_step_samples_once(make_trainer: Make) -> None:
     trainer = make_trainer(reward_funcs=sometimes_equal, prompts=prompts)
     metrics = trainer.step()
-    assert trainer.experience.generations == 1
+    assert trainer.collector.generations == 1
     assert not any(name.startswith("dynamic_sampling") for name in metrics)
     assert metrics["tokens/sampled"] == metrics["tokens/optimised"]
 
@@ -69,7 +69,7 @@ def test_without_it_every_step_samples_once(make_trainer: Make) -> None:
 def test_at_the_limit_dropped_groups_fill_the_batch(make_trainer: Make) -> None:
     trainer = make_trainer(dynamic_sampling=True, max_generation_batches=3, reward_funcs=always_equal, prompts=prompts)
     metrics = trainer.step()
-    assert trainer.experience.generations == 3
+    assert trainer.collector.generations == 3
     counts = {name: metrics[f"dynamic_sampling/groups_{name}"] for name in ("sampled", "kept", "filled")}
     assert counts == {"sampled": 6, "kept": 0, "filled": 2}
     assert trainer._batch.prompt_ids == [row["prompt_ids"] for row in prompts(0, 2)]

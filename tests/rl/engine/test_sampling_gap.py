@@ -20,7 +20,7 @@ def test_sampling_and_training_run_in_one_precision(make_trainer: Make, make_mod
     trainer, seen = make_trainer(model, bf16=bf16), {True: set(), False: set()}
     model.lm_head.register_forward_hook(lambda module, inputs, output: seen[module.training].add(output.dtype))
     metrics = trainer.step()
-    trainer.evaluate(trainer.experience.prompts(9, 1))
+    trainer.evaluate(trainer.collector.prompts(9, 1))
     expected = {torch.bfloat16 if bf16 else torch.float32}
     assert seen == {True: expected, False: expected}
     assert metrics["sampling/sampling_logp_difference/mean"] < (2e-2 if bf16 else 1e-5)

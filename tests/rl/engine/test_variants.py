@@ -287,7 +287,7 @@ def test_a_correction_without_log_probabilities_is_refused(make_trainer: Make) -
 
 
 def test_overlong_completions_lose_reward_in_training_only(make_trainer: Make) -> None:
-    rows = make_trainer().experience.prompts(99, 5)
+    rows = make_trainer().collector.prompts(99, 5)
     plain, punished = make_trainer(), make_trainer(soft_punish_cache=6)
     assert plain.evaluate(rows) == punished.evaluate(rows)
     first, second = plain.step(), punished.step()

@@ -7,10 +7,7 @@ import torch
 from torch import Tensor
 
 from stemma.rl.engine.batch import RolloutBatch
-from stemma.rl.engine.options import (
-    CreditName,
-    ScaleRewards,
-)
+from stemma.rl.engine.options import CreditName, ScaleRewards
 
 __all__ = ["GroupCredit", "equal_reward_groups", "group_relative", "leave_one_out", "reward_scale", "zero_std_fraction"]
 

@@ -16,12 +16,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from stemma.rl.engine.options import (
-    ImportanceSamplingLevel,
-    ImportanceSamplingMode,
-    KLEstimator,
-    LossType,
-)
+from stemma.rl.engine.options import ImportanceSamplingLevel, ImportanceSamplingMode, KLEstimator, LossType
 
 __all__ = [
     "TokenLoss",

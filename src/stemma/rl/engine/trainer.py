@@ -22,13 +22,12 @@ from stemma.rl.engine.hooks import (
     Reward,
     Rollout,
     Row,
-    ShuffledRows,
     all_tokens,
     end_token_ids,
     independent_samples,
     sample,
 )
-from stemma.rl.engine.losses import soft_overlong_punishment, token_weights
+from stemma.rl.engine.losses import token_weights
 from stemma.rl.engine.options import Config
 from stemma.rl.engine.rollouts import RolloutCollector
 from stemma.rl.engine.update import GradientPass, Policy, comparison, router_aux_loss_coef
@@ -45,7 +44,7 @@ from stemma.train.sharding import (
     shard,
 )
 
-__all__ = ["Config", "RolloutBatch", "ShuffledRows", "Trainer", "check", "end_token_ids", "soft_overlong_punishment"]
+__all__ = ["Trainer", "check"]
 
 SAMPLING_GAP = 0.1
 """Nats a token, in the mean, from which the sampler is another policy. Rounding gives 1e-5 in float32 and 0.02 to 0.05
@@ -165,7 +164,7 @@ class Trainer:
         self.scheduler = schedule(
             self.optimizer, config.lr_scheduler_type, warmup_steps=config.warmup_steps, total_steps=config.max_steps
         )
-        self.experience = RolloutCollector(
+        self.collector = RolloutCollector(
             config,
             generate=partial(self._sample, generator),
             policy=self.policy,
@@ -197,7 +196,7 @@ class Trainer:
         metrics: dict[str, float] = {}
         cycle = self.completed_steps % config.steps_per_rollout
         if cycle == 0:
-            self._batch, metrics = self.experience.next_batch(self.completed_steps)
+            self._batch, metrics = self.collector.next_batch(self.completed_steps)
         assert self._batch is not None
         micro_batches, entropy_weight = self._optimiser_batch(self._batch, cycle)
         self.model.train()
@@ -280,7 +279,7 @@ class Trainer:
             `eval/reward` (mean reward: pass@1 for 0/1 rewards) and `eval/reward_best` (mean over prompts of the best
             reward: pass@k), over the prompts with a scorable completion; NaN without any.
         """
-        return self.experience.evaluate(rows, num_generations or self.config.num_generations)
+        return self.collector.evaluate(rows, num_generations or self.config.num_generations)
 
     # ------------------------------------------------------------------ state
 
@@ -288,11 +287,11 @@ class Trainer:
         """Everything but the model's parameters that the next step depends on. All processes call it together."""
         return {
             "completed_steps": self.completed_steps,
-            "generations": self.experience.generations,
+            "generations": self.collector.generations,
             "optimizer": full_optimizer_state_dict(self.model, self.optimizer),
             "scheduler": self.scheduler.state_dict(),
             "batches": self._gather_batches(),
-            "hooks": {name: hook.state_dict() for name, hook in self.experience.hooks() if hasattr(hook, "state_dict")},
+            "hooks": {name: hook.state_dict() for name, hook in self.collector.hooks() if hasattr(hook, "state_dict")},
         }
 
     def _gather_batches(self) -> list[dict[str, Any] | None]:
@@ -310,8 +309,8 @@ class Trainer:
         Raises:
             InvalidDataError: the state holds rollouts that are still to be trained on, of another number of processes.
         """
-        self.completed_steps, self.experience.generations = state["completed_steps"], state["generations"]
-        for name, hook in self.experience.hooks():
+        self.completed_steps, self.collector.generations = state["completed_steps"], state["generations"]
+        for name, hook in self.collector.hooks():
             if name in state["hooks"]:
                 hook.load_state_dict(state["hooks"][name])
         load_full_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])

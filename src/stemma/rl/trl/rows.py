@@ -15,7 +15,7 @@ from stemma.rl.engine.hooks import Credit, Run
 from stemma.rl.engine.options import Config
 from stemma.rl.engine.rewards import question_and_beginning
 
-__all__ = ["TokenCredit", "TokenPrompts", "refuse_token_credit"]
+__all__ = ["TokenCredit", "TokenPrompts"]
 
 TOKEN_LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo")
 """TRL's losses that are a sum over tokens with the advantage of each token in its own summand."""

@@ -15,7 +15,6 @@ from stemma.scoring.enable import disable, enable
 from stemma.tune.ntk_attention.kernel_prefix import KernelPrefix
 
 __all__ = [
-    "NamedPrefixes",
     "active_adapters",
     "adapter_names",
     "adapter_of",
@@ -25,7 +24,6 @@ __all__ = [
     "detach",
     "disable_adapter",
     "enabled",
-    "prefixes_of",
     "set_adapter",
 ]
 
