@@ -6,7 +6,7 @@ query's vector towards theirs,
     q' = α q + β mean(d_1, ..., d_k),
 
 and searches again. Lists can be mixed before it, so that the documents come from the mixed list; after it, so that the
-second list is mixed with the others; or both, which ranks best over three classic collections (docs/search.md).
+second list is mixed with the others; or both, which ranks best over four classic collections (docs/search.md).
 """
 
 from collections.abc import Collection, Mapping
