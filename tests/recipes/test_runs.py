@@ -102,9 +102,10 @@ def finished(method, seed, final):
 
 def test_the_report_says_what_the_runs_did(tmp_path):
     report = Report("demo", "Demo", {"task": "none"}, budget=100)
-    for seed, (base, better) in enumerate([(0.3, 0.5), (0.4, 0.5), (0.5, 0.5)]):
-        report.add(finished("base", seed, base))
+    for seed, better in enumerate([0.5, 0.5, 0.5]):
         report.add(finished("better", seed, better))
+    for seed, base in [(2, 0.5), (0, 0.3), (1, 0.4)]:  # in another order: pairs are of one seed
+        report.add(finished("base", seed, base))
     report.compare("better", "base", "pass@1", "is better")
     report.compare("base", "better", "area", "is worse")
     report.record("better", "something else", 7.0, repeats=2)

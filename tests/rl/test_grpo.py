@@ -350,7 +350,7 @@ class Counter:
         vars(self).update(state)
 
 
-def test_a_seam_with_a_state_is_logged_told_and_restored(make_trainer: Make) -> None:
+def test_a_hook_with_a_state_is_logged_told_and_restored(make_trainer: Make) -> None:
     trainer = make_trainer(rollout=Counter())
     assert [trainer.step()["rollout/calls"] for _ in range(2)] == [1.0, 2.0]
     trainer.evaluate([{"prompt_ids": [3, 4, 5]}])

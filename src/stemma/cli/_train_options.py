@@ -104,10 +104,7 @@ class Config(GRPOConfig):
     """Course of GRPO's learning rate after its warm-up; None: constant, with --model linear."""
     adam_beta2: float | None = None  # type: ignore[assignment]
     """AdamW's decay of the mean of squared gradients in GRPO; None: 0.95, with --model 0.999."""
-    compare_every: int = 10
-    """Every so many steps, first send the beginning of the batch (rows of at most 4,096 tokens, two at least) through
-    both forwards, shared and plain, and log losses, differences and times; 0: never. Without sharing these tokens cost
-    up to ten times what a step of the same size does."""
+    compare_every: int = 10  # with the help of the trainer's option
 
     def __post_init__(self) -> None:
         if resolve(self) is not self:

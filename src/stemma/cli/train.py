@@ -65,9 +65,7 @@ def _open_folder(config: Config) -> None:
             raise InvalidDataError(
                 f"the run folder '{folder}' exists already; continue it with --resume, or choose another --output-dir"
             )
-        folder.mkdir(parents=True, exist_ok=True)
-        text = _flags.to_yaml(resolve(config), leave_out=["resume", "output_dir"])
-        write_text(stored_path, text)
+        write_text(stored_path, _flags.to_yaml(resolve(config), leave_out=["resume", "output_dir"]))
         return
     if not stored_path.is_file():
         raise InvalidDataError(f"there is no run to resume in '{folder}' (no {_STORED}); leave out --resume")

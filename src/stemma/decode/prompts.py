@@ -26,8 +26,9 @@ def as_list(prompts: Any) -> list[Any]:
     Raises:
         InvalidBatchError: they are, or there is none.
     """
-    listed = [] if isinstance(prompts, (str, bytes, Mapping)) else list(prompts)
-    if isinstance(prompts, (str, bytes, Mapping)) or (listed and all(map(_is_item, listed))):
+    single = isinstance(prompts, (str, bytes, Mapping))
+    listed = [] if single else list(prompts)
+    if single or (listed and all(map(_is_item, listed))):
         raise InvalidBatchError(f"prompts is a list of prompts; write [prompt] for a single one, got {prompts!r:.60}.")
     if not listed:
         raise InvalidBatchError("there are no prompts; give at least one.")

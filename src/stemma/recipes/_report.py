@@ -129,10 +129,12 @@ class Report:
     def compare(self, method: str, baseline: str, metric: str, claim: str) -> None:
         """Test on pairs of runs with one seed that a metric ("pass@1" or "area") is above that of a baseline."""
         values = {"pass@1": self.finals, "area": self.areas}[metric]
-        first, second = values(method), values(baseline)
-        pairs = min(len(first), len(second))
+        own, other = (
+            {run["seed"]: value for run, value in zip(self.runs[each], values(each))} for each in (method, baseline)
+        )
+        seeds = [seed for seed in own if seed in other]
         name = f"{COLUMNS[metric]}, {method} − {baseline}"
-        self.claim(method, name, first[:pairs], claim, than=(baseline, second[:pairs]))
+        self.claim(method, name, [own[s] for s in seeds], claim, than=(baseline, [other[s] for s in seeds]))
 
     def write(self, folder: Path) -> dict[str, Any]:
         """Write the three files.

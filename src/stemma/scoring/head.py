@@ -77,7 +77,7 @@ class Head:
         # Prompt tuning of peft puts learned positions before the tokens of every row.
         index = self.row * width + self.column + (width - tokens)
         self.hidden = flat.index_select(0, index.to(hidden.device))
-        # Larger than life, so that soft-capping shows even on the small logits of a fresh model.
+        # Scaled up, so that soft-capping shows even on the small logits of a fresh model.
         return (hidden[:1, :2] * 16, *arguments[1:])
 
     def _keep(self, module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:

@@ -627,7 +627,7 @@ def test_untested_versions_are_refused(monkeypatch: pytest.MonkeyPatch, version:
         adapter._tested_trainer("GRPOTrainer")
 
 
-def test_changed_seams_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_hooks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     import trl
 
     name = "_get_per_token_logps_and_entropies"

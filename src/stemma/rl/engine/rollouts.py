@@ -181,7 +181,7 @@ class RolloutCollector:
         return values
 
     def evaluate(self, rows: Sequence[Row], num_generations: int) -> dict[str, float]:
-        """Sample and score prompts without training on them; see `grpo.Trainer.evaluate`."""
+        """Sample and score prompts without training on them; see `Trainer.evaluate`."""
         prefixed = next((index for index, row in enumerate(rows) if row.get("prefix_ids")), None)
         if prefixed is not None:
             raise InvalidDataError(
