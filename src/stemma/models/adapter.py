@@ -75,8 +75,11 @@ class TreeCall:
     capture: bool = False
     """Keep each module's keys and values (context included), for calls below this one."""
     captured: dict[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """What `capture` kept, shaped as `context`."""
     calls: int = 0
+    """Attention calls inside `model(...)`."""
     by_keyword: int = 0
+    """Those of them that were handed this object by keyword, as a recomputation in the backward will be too."""
     hidden_graph: bool = False
     """Keys and values were captured without a graph, by reentrant activation checkpointing."""
     running: bool = False

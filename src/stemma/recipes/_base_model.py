@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.utils import logging
 
 from stemma.data.python_text import Split, reference_texts, source_texts
 from stemma.errors import InvalidDataError
@@ -35,6 +34,7 @@ from stemma.recipes._runs import Options, fingerprint, kept_folder
 from stemma.train import sft
 from stemma.train.checkpoint import save_model
 from stemma.train.fit import run_steps
+from stemma.train.pretrained import without_progress_bars
 from stemma.train.seeds import stream
 
 __all__ = ["BaseModel", "Config", "GivenModel", "python_base", "text_rows"]
@@ -154,13 +154,8 @@ def python_base(options: Options) -> BaseModel:
         trained.append(time.perf_counter() - started)
 
     folder = kept_folder(options.cache_dir / name, make)
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # of loading weights; runs have lines of their own
-    try:
+    with without_progress_bars():  # runs have lines of their own
         model = load_model(str(folder), device="cpu")
-    finally:
-        if bars:
-            logging.enable_progress_bar()
     return BaseModel(model=model, tokenizer=byte_tokenizer(), folder=folder, seconds=sum(trained))
 
 

@@ -46,6 +46,7 @@ def enable(model: Any, *, self_test: bool = True) -> Any:
     Raises:
         UnsupportedModelError: the model does not dispatch its attention, is an encoder or an encoder-decoder, or fails
             the self-test; the message names the model type and the reason. The model is left as it was.
+        NonFiniteError: the self-test found logits that are NaN or infinite.
     """
     inner = base_model(model)
     with _lock:
@@ -91,7 +92,7 @@ def while_enabled(model: Any, *, self_test: bool = True) -> Iterator[None]:
         model, self_test: as of `stemma.enable`.
 
     Raises:
-        UnsupportedModelError: as `stemma.enable`.
+        UnsupportedModelError, NonFiniteError: as `stemma.enable`.
     """
     inner = base_model(model)
     with _lock:

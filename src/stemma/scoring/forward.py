@@ -95,8 +95,12 @@ def tree_forward(
         capture: keep keys and values for calls below.
 
     Returns:
-        Log-probabilities of `targets.between(begin, end)`, entropies or None, the auxiliary loss or None, and the
-        call with what was captured.
+        Log-probabilities `(E,)` of `targets.between(begin, end)`, entropies `(E,)` or None, the auxiliary loss or None,
+        and the call with what was captured.
+
+    Raises:
+        UnsupportedModelError: a layer that does not attend as a tree needs, or a head that is not understood.
+        NonFiniteError: the logits are NaN or infinite.
     """
     model, inner = uncompiled(model), base_model(model)
     layout = Layout.of(tree, begin, end)
@@ -176,8 +180,8 @@ def plain_forward(
         settings: temperature, entropies, auxiliary loss.
 
     Returns:
-        Log-probabilities of the scored tokens, sequence by sequence, entropies or None, the auxiliary loss or None, and
-        the number of tokens that went through the model, padding included.
+        Log-probabilities `(S,)` of the scored tokens, sequence by sequence, entropies `(S,)` or None, the auxiliary
+        loss or None, and the number of tokens that went through the model, padding included.
     """
     model, inner = uncompiled(model), base_model(model)
     device = input_device(model)

@@ -64,6 +64,9 @@ def score(
     Raises:
         UnsupportedModelError: a model or setting for which the result would not be exact.
         InvalidBatchError: token ids or lengths that the model does not have.
+        NonFiniteError: the model's logits are NaN or infinite.
+        ValueError: `temperature` not above 0, `max_tokens` below 1, another mode, or `aux_loss` of a tree that does not
+            fit one call.
     """
     settings = ForwardSettings(temperature, entropy, aux_loss)
     chosen = choose_mode(model, tree, mode, max_tokens)
@@ -134,8 +137,9 @@ def backward(
         The loss (summed over calls, detached) and the scores of all sequences, detached.
 
     Raises:
-        UnsupportedModelError, InvalidBatchError: as in `stemma.score`.
-        ValueError: the loss is not a scalar tensor.
+        UnsupportedModelError, InvalidBatchError, NonFiniteError: as in `stemma.score`.
+        StateChangedError: the loss changed the model while the tree was streamed.
+        ValueError: as in `stemma.score`, or the loss is not a scalar tensor.
     """
     settings = ForwardSettings(temperature, entropy, aux_loss)
     chosen = choose_mode(model, tree, mode, max_tokens)

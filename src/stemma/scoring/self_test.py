@@ -69,6 +69,7 @@ class SelfTest:
 
         Raises:
             UnsupportedModelError: they differ by more than rounding, or the model cannot run the tree.
+            NonFiniteError: the logits are NaN or infinite.
         """
         for dtype, (alone, rounded) in self.references.items():
             with self._computing_in(dtype):

@@ -21,7 +21,7 @@ from torch import nn
 
 from stemma.errors import InvalidDataError, OutputError
 from stemma.files import remove, replacing, write_json
-from stemma.train.pretrained import whole_model
+from stemma.train.pretrained import whole_model, without_progress_bars
 from stemma.train.sharding import load_full_model_state_dict
 
 __all__ = ["StopSignal", "latest", "load_state", "load_weights", "save", "save_model"]
@@ -94,16 +94,9 @@ def _writing(target: Path) -> Iterator[Path]:
 
 
 def _save_pretrained(folder: Path, model: Any, processing_class: Any, weights: Mapping[str, Any] | None) -> None:
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
+    with without_progress_bars():
         model.save_pretrained(folder, **({} if weights is None else {"state_dict": weights}))
         processing_class.save_pretrained(folder)
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def latest(folder: str | os.PathLike[str]) -> Path | None:

@@ -1,9 +1,11 @@
-"""Models from folders that hold all of their weights."""
+"""Models from folders that hold all of their weights, and to them without transformers' progress bars."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from os import PathLike
 from typing import Any
 
-__all__ = ["whole_model"]
+__all__ = ["whole_model", "without_progress_bars"]
 
 
 def whole_model(model_class: Any, reference: str | PathLike[str], **options: Any) -> Any:
@@ -21,3 +23,17 @@ def whole_model(model_class: Any, reference: str | PathLike[str], **options: Any
             f"the weights are not whole: {', '.join(missing[:3])}{more} are missing and would be newly initialised"
         )
     return model
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Load or save weights without transformers' progress bars; they are shown again where they were before."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
