@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from stemma.cli._train_options import Config, needs
 from stemma.data import diallock, gsm8k
 from stemma.data.records import PromptRecord, read_jsonl
 from stemma.errors import InvalidDataError
@@ -20,10 +21,10 @@ from stemma.models.loading import load_model, load_tokenizer, model_digest
 from stemma.models.tiny import tiny_model
 from stemma.models.tokens import text_ids
 from stemma.rl.grpo import ShuffledRows
+from stemma.train import sft
 from stemma.train.seeds import stream_seed
-from stemma.train.sft import IGNORED_LABEL
 
-__all__ = ["Job", "checkpoint_job", "diallock_job"]
+__all__ = ["Job", "checkpoint_job", "diallock_job", "make_job", "supervised_trainer"]
 
 Rows = list[dict[str, Any]]
 
@@ -62,6 +63,28 @@ class Job:
         rows = [*self.eval_rows, *(self.rows or self.prompts(0, 64))]
         name = self.names.__getitem__ if self.names else "prompt {}".format
         check_prompts(self.model, [row["prompt_ids"] for row in rows], max_new_tokens, name)
+
+
+def make_job(config: Config) -> Job:
+    """The task of settings that are complete; see `diallock_job` and `checkpoint_job`."""
+    common: dict[str, Any] = {
+        "shots": config.shots or 0,
+        "eval_prompts": config.eval_prompts,
+        "seed": config.seed,
+        "demonstrations": "demonstrations" in needs(config),
+    }
+    if config.model is None or config.dataset is None:
+        return diallock_job(sft_steps=config.sft_steps or 0, **common)
+    return checkpoint_job(config.model, config.dataset, **common)
+
+
+def supervised_trainer(job: Job, config: Config, model: Any, accelerator: Any = None) -> sft.Trainer:
+    """Trains `model` on the supervised batches of a task, with settings that are complete."""
+    steps = config.sft_steps or 0
+    options = sft.Config(
+        max_steps=steps, learning_rate=config.sft_learning_rate or 0.0, warmup_steps=min(20, steps // 10)
+    )
+    return sft.Trainer(model, options, batches=job.sft_batches, accelerator=accelerator)
 
 
 def diallock_job(*, shots: int, sft_steps: int, eval_prompts: int, seed: int, demonstrations: bool = False) -> Job:
@@ -224,11 +247,11 @@ def _labelled(tokenizer: Any, sequences: Sequence[Sequence[tuple[str, str]]]) ->
             asked = text_ids(tokenizer, prompt if index == 0 else f"\n\n{prompt}", special_tokens=index == 0)
             answered = text_ids(tokenizer, f" {answer}", special_tokens=False)
             ids += asked + answered
-            labels += [IGNORED_LABEL] * len(asked) + answered
+            labels += [sft.IGNORED_LABEL] * len(asked) + answered
         all_ids.append(torch.tensor([*ids, tokenizer.eos_token_id]))
         all_labels.append(torch.tensor([*labels, tokenizer.eos_token_id]))
     return {
         "input_ids": pad_sequence(all_ids, batch_first=True),
         "attention_mask": pad_sequence([torch.ones_like(row) for row in all_ids], batch_first=True),
-        "labels": pad_sequence(all_labels, batch_first=True, padding_value=IGNORED_LABEL),
+        "labels": pad_sequence(all_labels, batch_first=True, padding_value=sft.IGNORED_LABEL),
     }

@@ -13,8 +13,8 @@ import torch
 from transformers.utils import logging
 
 from stemma.cli._flags import flat
-from stemma.cli._train_jobs import Job, checkpoint_job, diallock_job
-from stemma.cli._train_options import Config, chosen, grpo_options, method_module, needs
+from stemma.cli._train_jobs import make_job, supervised_trainer
+from stemma.cli._train_options import Config, chosen, grpo_options, method_module
 from stemma.data.traces import read_traces
 from stemma.decode.rollout import Generator, LocalGenerator
 from stemma.decode.server import ServerGenerator
@@ -49,7 +49,7 @@ class Training:
         self.config, self.accelerator, self.folder = config, accelerator, config.output_dir
         logging.disable_progress_bar()  # of loading and saving weights; the steps have their own
         seed_everything(config.seed)
-        self.job = _make_job(config)
+        self.job = make_job(config)
         self.model = _with_adapter(self.job.model, config)
         try:
             self.hooks = self._hooks()
@@ -100,12 +100,7 @@ class Training:
     def _supervised(self, tracker: Tracker | None, stop: checkpoint.StopSignal) -> bool:
         if self.state["phase"] == "grpo" or not self.sft_steps:
             return True
-        options = sft.Config(
-            max_steps=self.sft_steps,
-            learning_rate=self.config.sft_learning_rate or 0.0,
-            warmup_steps=min(20, self.sft_steps // 10),
-        )
-        trainer = sft.Trainer(self.model, options, batches=self.job.sft_batches, accelerator=self.accelerator)
+        trainer = supervised_trainer(self.job, self.config, self.model, self.accelerator)
         self._restore(trainer)
         finished = self._run(trainer, "sft", 0, tracker, stop)
         if finished and self.accelerator.is_main_process:
@@ -343,18 +338,6 @@ def _method_hooks(config: Config, run: Run) -> dict[str, Any]:
     if "credit" in own and run.credit is not None and not any(each is run.credit for each in built_on):
         raise ValueError(f"--method {config.method} and --credit {config.credit} both give a credit; choose one")
     return {**found, **own}
-
-
-def _make_job(config: Config) -> Job:
-    common: dict[str, Any] = {
-        "shots": config.shots or 0,
-        "eval_prompts": config.eval_prompts,
-        "seed": config.seed,
-        "demonstrations": "demonstrations" in needs(config),
-    }
-    if config.model is None or config.dataset is None:
-        return diallock_job(sft_steps=config.sft_steps or 0, **common)
-    return checkpoint_job(config.model, config.dataset, **common)
 
 
 def _with_adapter(model: Any, config: Config) -> Any:

@@ -95,6 +95,7 @@ def main(config: Config) -> dict[str, Any]:
 def _collect(config: Config, accelerator: Any) -> dict[str, Any]:
     from transformers.utils import logging
 
+    from stemma.cli._train_jobs import make_job
     from stemma.cli._train_options import Config as TrainConfig
     from stemma.cli._train_options import resolve
     from stemma.data.traces import TraceFile, totals
@@ -114,7 +115,7 @@ def _collect(config: Config, accelerator: Any) -> dict[str, Any]:
     logging.disable_progress_bar()
     names = ("model", "dataset", "shots", "max_completion_length", "sft_steps", "eval_prompts", "seed")
     settings = resolve(TrainConfig(**{name: getattr(config, name) for name in names}))
-    job = _make_job(settings)
+    job = make_job(settings)
     job.check(settings.max_completion_length or 1)
     problems = _problems(job, config.limit)
     with StopSignal() as stop, _Progress(len(problems), done) as progress:
@@ -154,16 +155,6 @@ def _collect(config: Config, accelerator: Any) -> dict[str, Any]:
     return {**result, "status": "finished"}
 
 
-def _make_job(settings: Any) -> "Job":
-    """The task of `stemma train` with these settings."""
-    from stemma.cli._train_jobs import checkpoint_job, diallock_job
-
-    common = {"shots": settings.shots, "eval_prompts": settings.eval_prompts, "seed": settings.seed}
-    if settings.model is None:
-        return diallock_job(sft_steps=settings.sft_steps, **common)
-    return checkpoint_job(settings.model, settings.dataset, **common)
-
-
 def _problems(job: "Job", limit: int | None) -> Sequence[Mapping[str, Any]]:
     if job.rows:
         return [job.rows[index] for index in range(min(limit or len(job.rows), len(job.rows)))]
@@ -172,14 +163,13 @@ def _problems(job: "Job", limit: int | None) -> Sequence[Mapping[str, Any]]:
 
 def _warm_up(job: "Job", settings: Any, stop: "StopSignal") -> None:
     """The supervised steps of `stemma train`, which give the small Llama its first successes."""
-    from stemma.train import sft
+    from stemma.cli._train_jobs import supervised_trainer
 
     if not settings.sft_steps:
         return
     steps: int = settings.sft_steps
     print(f"{steps} supervised steps first: {job.description}", file=sys.stderr)
-    options = sft.Config(max_steps=steps, learning_rate=settings.sft_learning_rate, warmup_steps=min(20, steps // 10))
-    trainer = sft.Trainer(job.model, options, batches=job.sft_batches)
+    trainer = supervised_trainer(job, settings, job.model)
     while trainer.completed_steps < steps and stop.requested is None:
         trainer.step()
 
