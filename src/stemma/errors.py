@@ -22,7 +22,7 @@ class UnsupportedModelError(StemmaError, ValueError):
 
 
 class NonFiniteError(StemmaError, FloatingPointError):
-    """A model's logits are NaN or infinite."""
+    """A model's logits or gradients are NaN or infinite."""
 
 
 class InvalidBatchError(StemmaError, ValueError):

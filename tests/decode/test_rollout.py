@@ -7,7 +7,7 @@ from rollout_reference import EOS, PROMPTS, VOCAB, forward_alone, make, sample_a
 from stemma.census import build
 from stemma.decode.rollout import LocalGenerator, generate_groups
 from stemma.decode.sampling import TokenSampler
-from stemma.errors import InvalidBatchError, UnsupportedModelError
+from stemma.errors import InvalidBatchError, NonFiniteError, UnsupportedModelError
 from stemma.models.tiny import tiny_model
 
 
@@ -166,7 +166,7 @@ def test_modes_and_gradients_are_left_as_they_were():
     assert [module.training for module in model.modules()] == modes
     assert torch.is_grad_enabled()
     nn.init.constant_(model.lm_head.weight, float("nan"))
-    with pytest.raises(FloatingPointError, match="diverged"):
+    with pytest.raises(NonFiniteError, match="diverged"):
         generate_groups(model, PROMPTS, num_generations=2, max_new_tokens=2, eos_token_id=None)
     assert [module.training for module in model.modules()] == modes
 

@@ -18,7 +18,7 @@ from stemma.cli._train_options import Config, chosen, grpo_options, method_modul
 from stemma.data.traces import read_traces
 from stemma.decode.rollout import Generator, LocalGenerator
 from stemma.decode.server import ServerGenerator
-from stemma.errors import InvalidDataError, MissingExtraError, StemmaError
+from stemma.errors import InvalidDataError, MissingExtraError, NonFiniteError, StemmaError
 from stemma.files import digest, write_json
 from stemma.rl import grpo
 from stemma.rl.engine.hooks import Run
@@ -89,7 +89,7 @@ class Training:
             with checkpoint.StopSignal() as stop:
                 finished = self._supervised(tracker, stop) and self._reinforced(tracker, stop)
             weights = full_model_state_dict(self.model)
-        except FloatingPointError as error:
+        except NonFiniteError as error:
             raise StemmaError(f"training stopped: {error}. Checkpoints before it are in '{self.folder}'") from error
         finally:
             if tracker is not None:

@@ -175,7 +175,7 @@ def generate_groups(
         UnsupportedModelError: the model keeps no cache, or one that cannot be repeated (recurrent states); an adapter
             of peft that depends on the whole row (learned tokens, activated LoRA).
         ValueError: a sampling option is outside its range.
-        FloatingPointError: the model's logits are not numbers.
+        NonFiniteError: the model's logits are not numbers.
     """
     check_counts(num_generations=num_generations, max_new_tokens=max_new_tokens, max_batch_size=max_batch_size)
     sampler = TokenSampler(temperature, top_p, top_k)

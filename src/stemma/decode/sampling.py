@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from stemma.errors import NonFiniteError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -45,14 +47,14 @@ class TokenSampler:
         """Log-probabilities (..., V) at the temperature, before `top_k` and `top_p`; at 0 those of the plain softmax.
 
         Raises:
-            FloatingPointError: the logits are not numbers.
+            NonFiniteError: the logits are not numbers.
         """
         logits = logits.to(sampling_dtype(logits))
         if self.temperature > 0:
             logits = logits / self.temperature
         logprobs = logits.log_softmax(-1)
         if logprobs.isnan().any():
-            raise FloatingPointError(
+            raise NonFiniteError(
                 "the model's logits are not finite while sampling: its weights have diverged or its precision is too "
                 "low; lower the learning rate, or load the model in float32"
             )

@@ -5,7 +5,7 @@ Shape suffixes used across the package, read letter by letter (`q_HTD` is `(head
 | | | | | | |
 |---|---|---|---|---|---|
 | `B` | prefixes | `P` | prefix length | `H` | query heads |
-| `G` | suffixes per prefix | `S` | suffix length | `K` | key/value heads |
+| `G` | suffixes per prefix | `S` | scored tokens of all sequences | `K` | key/value heads |
 | `N` | sequences | `T` | packed tokens | `D` | head size |
-| `E` | scored tokens | `M` | predicting positions | `V` | vocabulary |
+| `E` | distinct scored tokens | `M` | predicting positions | `V` | vocabulary |
 """

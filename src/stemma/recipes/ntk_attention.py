@@ -19,7 +19,7 @@ from torch import Tensor
 
 from stemma.attention.kernelized import FeatureMap, kernel_attention, kernel_sums, reference_attention_with_partial
 from stemma.data.python_text import reference_texts
-from stemma.errors import MissingExtraError
+from stemma.errors import MissingExtraError, NonFiniteError
 from stemma.recipes._base_model import BaseModel, GivenModel, python_base, text_rows
 from stemma.recipes._report import Report
 from stemma.recipes._runs import Options, Runs, fingerprint
@@ -272,7 +272,7 @@ def _tune(setting: Setting, base: BaseModel | GivenModel, method: str, rate: flo
 
     try:
         run_steps(trainer, evaluate=evaluate, eval_steps=every)
-    except FloatingPointError:  # of too high a rate
+    except NonFiniteError:  # of too high a rate
         return found
     if isinstance(base, GivenModel):
         found["of_rows"] = [_bits(model, row[None]) for row in _rows(base, "test", setting)]

@@ -118,7 +118,7 @@ class Trainer:
 
         Raises:
             InvalidBatchError: the batch has no item.
-            FloatingPointError: the gradient is not finite; the parameters are untouched.
+            NonFiniteError: the gradient is not finite; the parameters are untouched.
         """
         started = time.perf_counter()
         self.model.train()

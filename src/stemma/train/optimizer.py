@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from stemma.errors import NonFiniteError
+
 __all__ = ["adamw", "apply_gradients", "schedule"]
 
 
@@ -48,12 +50,12 @@ def apply_gradients(optimizer: torch.optim.Optimizer, scheduler: Any, *, max_gra
         The gradient's 2-norm before clipping.
 
     Raises:
-        FloatingPointError: the norm is NaN or infinite. The parameters are untouched.
+        NonFiniteError: the norm is NaN or infinite. The parameters are untouched.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or torch.inf)
     if not torch.isfinite(norm):
-        raise FloatingPointError(
+        raise NonFiniteError(
             f"the gradient norm of {what} is {norm.item()}; the step was not taken. Lower the learning rate, or look "
             "for an overflow in the loss"
         )
