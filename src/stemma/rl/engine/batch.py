@@ -1,16 +1,5 @@
 """The batch of rollouts that the trainer and its hooks hand on.
 
-A method is a choice of prompts, rollout, credit and loss mask; everything else (losses, denominators, accumulation,
-checkpoints) is common. Each of the four is a plain callable, typed in `stemma.rl.engine.hooks`:
-
-- `PromptSource`: which prompts to sample from;
-- `Rollout`: completions of those prompts, with a forced beginning where a method wants one;
-- `Credit`: advantages, one per sequence or one per token;
-- `LossMask`: the completion tokens that get gradient.
-
-A callable that is an object may also have `state_dict` and `load_state_dict` (saved and restored with the trainer),
-`on_evaluate(metrics)` (called after each evaluation) and `metrics(batch)` (numbers to log with each generation).
-
 Shapes: `N` sequences, `T` padded completion length. Rows of a group are contiguous, in the order of the prompts.
 """
 
@@ -158,7 +147,7 @@ class RolloutBatch:
         state = self._mapped(lambda value: value)
         return {**state, "extras": {name: v for name, v in self.extras.items() if isinstance(v, Tensor)}}
 
-    def _mapped(self, change: "Callable[[Any], Any]") -> dict[str, Any]:
+    def _mapped(self, change: Callable[[Any], Any]) -> dict[str, Any]:
         """The fields by name, with `change` applied to every tensor and to every batch among the extras."""
         state = {each.name: getattr(self, each.name) for each in fields(self)}
         state = {name: change(value) if isinstance(value, Tensor) else value for name, value in state.items()}

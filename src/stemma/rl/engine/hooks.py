@@ -1,5 +1,16 @@
 """The hooks of the trainer, where a method plugs in, the default of each, and the run that a method joins.
 
+A method is a choice of prompts, rollout, credit and loss mask; everything else (losses, denominators, accumulation,
+checkpoints) is common. Each of the four is a plain callable:
+
+- `PromptSource`: which prompts to sample from;
+- `Rollout`: completions of those prompts, with a forced beginning where a method wants one;
+- `Credit`: advantages, one per sequence or one per token;
+- `LossMask`: the completion tokens that get gradient.
+
+A callable that is an object may also have `state_dict` and `load_state_dict` (saved and restored with the trainer),
+`on_evaluate(metrics)` (called after each evaluation) and `metrics(batch)` (numbers to log with each generation).
+
 A method's file in `stemma.rl` offers `hooks(config, run) -> dict`: keyword arguments of the trainer for the method's
 `Config` and a `Run`. That is all: the command line finds it by its place. Its `Config` may also have
 
