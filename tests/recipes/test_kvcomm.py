@@ -12,7 +12,7 @@ def test_the_reproduction_runs_and_finished_runs_are_read(tmp_path, monkeypatch)
     result = kvcomm.run(options)
     stored = json.loads((tmp_path / "report" / "quick" / "kvcomm.json").read_text(encoding="utf-8"))
     assert stored["measurements"] == result["measurements"]
-    assert len([row for row in result["measurements"] if row["claim"]]) == 5
+    assert len([row for row in result["measurements"] if row["claim"]]) == 7
     found = {(row["method"], row["metric"]): row["value"] for row in result["measurements"]}
     assert {method for method, metric in found if metric.startswith("divergence from dense")} == set(WAYS)
     assert found[OURS, "prefills compared"] == 9  # three problems fill the pool, three are reused by three agents
