@@ -290,7 +290,7 @@ class Training:
             print(f"reward {first:.3f} -> {last:.3f} (held-out prompts)")
         print(f"updates encoded {report['tokens']['saved_ratio']:.2f}x fewer tokens than without sharing")
         if comparison:
-            print(f"updates took {comparison['time_ratio_median']:.2f}x less time than the plain forward (median)")
+            print(f"first rows of a step took {comparison['time_ratio_median']:.2f}x less time than plain (median)")
         print(f"report: {self.folder / 'report.md'}   plot: {self.folder / 'plot.png'}   model: {final}")
         return {**result, "model": str(final), **report}
 

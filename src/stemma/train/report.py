@@ -166,6 +166,8 @@ def _markdown(report: Mapping[str, Any]) -> str:
             "",
             "## Shared against plain, on the same rows",
             "",
+            "Compared are the first rows of a step, which share less than all of them.",
+            "",
             "| | shared | plain |",
             "|---|---|---|",
             f"| forward and backward, median seconds | {comparison['update_seconds_shared']:.3f} | "
