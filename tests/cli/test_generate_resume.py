@@ -146,7 +146,7 @@ def test_what_cannot_be_written_is_refused_before_a_model_is_loaded(arguments, o
 def test_nothing_is_left_of_a_failure(arguments, output, tmp_path, capsys):
     (tmp_path / "prompts.jsonl").write_text('{"prompt_ids": [5]}\n{"prompt_ids": [999]}\n', encoding="utf-8")
     assert main([*arguments, "--batch-size=1"]) == 1  # before the first batch
-    assert "outside the model's vocabulary" in capsys.readouterr().err
+    assert "line 2: has token id 999, outside the vocabulary" in capsys.readouterr().err
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt_ids": [5] * 510}), encoding="utf-8")
     assert main(arguments) == 1
     assert "514 tokens" in capsys.readouterr().err
