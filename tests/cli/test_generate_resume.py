@@ -149,7 +149,7 @@ def test_nothing_is_left_of_a_failure(arguments, output, tmp_path, capsys):
     assert "line 2: has token id 999, outside the vocabulary" in capsys.readouterr().err
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt_ids": [5] * 510}), encoding="utf-8")
     assert main(arguments) == 1
-    assert "514 tokens" in capsys.readouterr().err
+    assert "exceeds the model's 512 positions" in capsys.readouterr().err
     assert names(output.parent) == []
 
 
