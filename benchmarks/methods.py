@@ -26,7 +26,8 @@ INTRODUCTION = (
     """Every method with its paper, what the paper claims and what was measured here, at laptop scale. The page is made
     from the rows that [reproductions](recipes.md) leave, as is the answer of `stemma methods`, so it cannot claim what
     no run showed. A claim holds when an exact one-sided test gives p < 0.05, is "in the mean" when only the mean points
-    that way; fewer than five seeds cannot tell.""",
+    that way; fewer than five seeds cannot tell. "Claimed above" is the number that the value has to exceed, and n how
+    many runs or samples the value is the mean of.""",
 )
 
 

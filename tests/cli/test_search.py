@@ -77,6 +77,11 @@ def test_indexes_are_made_mixed_and_noticed_when_stale(corpus, encoder, tmp_path
     assert "lacks 1 texts" in call(capsys, "search", corpus, "x", "--encoder", "m")["message"]
 
 
+def test_a_query_without_an_answer_says_so(corpus, capsys):
+    assert main(["search", corpus, "zebra"]) == 0
+    assert capsys.readouterr().out == "nothing found among 3 texts\n"
+
+
 def test_a_run_is_written_and_measured(corpus, encoder, tmp_path, capsys):
     queries = lines(tmp_path / "q.jsonl", {"id": "1", "text": "pruning quality"}, {"id": "2", "text": "garden cook"})
     run = str(tmp_path / "words.run")

@@ -20,6 +20,7 @@ def make_rows() -> list[dict]:
             "global_step": 3 + step,
             "loss": -0.1,
             "reward": step / 60 if step > 1 else math.nan,
+            "frac_reward_zero_std": 1.0 if step % 2 else 0.5,
             "entropy": 1.0,
             "tokens/sampled": 10.0,
             "tokens/forwarded": 20.0,
@@ -50,6 +51,7 @@ def test_the_summary_is_the_arithmetic_of_the_rows() -> None:
     assert summary["reward"]["averaged_steps"] == 5
     assert summary["reward"]["first"] == pytest.approx(sum(range(2, 7)) / 5 / 60)
     assert summary["reward"]["last"] == pytest.approx(58 / 60)
+    assert summary["groups_of_equal_reward"] == pytest.approx(0.75)
     assert summary["evaluation"]["last"] == {"eval/reward": 0.75, "eval/reward_best": 1.0}
     tokens = summary["tokens"]
     assert (tokens["sampled"], tokens["forwarded"], tokens["without_sharing"]) == (600, 1200, 4800)

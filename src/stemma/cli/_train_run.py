@@ -288,6 +288,8 @@ class Training:
         if report["evaluation"]:
             first, last = (report["evaluation"][key]["eval/reward"] for key in ("first", "last"))
             print(f"reward {first:.3f} -> {last:.3f} (held-out prompts)")
+        if report["groups_of_equal_reward"] == 1:
+            print("the completions of every group had equal rewards, which give no gradient")
         print(f"updates encoded {report['tokens']['saved_ratio']:.2f}x fewer tokens than without sharing")
         if comparison:
             print(f"first rows of a step took {comparison['time_ratio_median']:.2f}x less time than plain (median)")

@@ -99,7 +99,7 @@ class Config:
             raise ValueError(f"--top-k must be 0 or positive, got {self.top_k}.")
         if self.temperature == 0 and (self.top_p < 1 or self.top_k):
             name = "--top-p" if self.top_p < 1 else "--top-k"
-            raise ValueError(f"{name} is of sampling, which --temperature 0 does not do; set --temperature too.")
+            raise ValueError(f"{name} applies to sampling only; set --temperature above 0, or leave {name} out.")
         if self.num_beams > 1 and self.temperature > 0:
             raise ValueError("--num-beams above 1 searches and --temperature above 0 samples; choose one.")
         if self.temperature == 0 and self.num_return_sequences > self.num_beams:

@@ -183,7 +183,7 @@ def main(config: Config) -> dict[str, Any]:
     method = known[config.method]
     print(_short(method))
     if method.reproduced:
-        print(f"  again: stemma run {method.name}")
+        print(f"  measure again: stemma run {method.name}")
     if method.rows:
         about = notes(method.name.replace("-", "_"), method.rows)
         print("", *map(textwrap.fill, about), *tables(method.rows, method.rows[0]["shapes"]), sep="\n\n")

@@ -69,6 +69,8 @@ def main(config: Config) -> dict[str, Any]:
             parts = ", ".join(f"{name} {value:.3f}" for name, value in hit.parts.items())
             print(f"{rank:3}. {hit.id}  {hit.score:.3f} ({parts})  {' '.join(hit.matched)}")
             print(f"     {' '.join(hit.text.split())[:100]}")
+        if not hits:
+            print(f"nothing found among {len(corpus):,} texts")
         return {"hits": [dataclasses.asdict(hit) for hit in hits]}
     assert config.queries is not None
     assert config.output is not None

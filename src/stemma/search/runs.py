@@ -192,7 +192,8 @@ def _fields(path: str | PathLike[str], count: int, form: str) -> Iterator[tuple[
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidDataError(f"cannot read {path}: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise InvalidDataError(f"cannot read {path}: {reason}; expected lines '{form}'") from error
     if not any(line.strip() for line in lines):
         raise InvalidDataError(f"{path} is empty; expected lines '{form}'")
     for number, line in enumerate(lines, start=1):

@@ -59,8 +59,9 @@ def summarise(rows: Rows) -> dict[str, Any]:
 
     Returns:
         `warmup` (None without one), `steps`, `reward` (mean of the first and of the last tenth of the steps, at least
-        five), `evaluation` (before and after, None when not measured), `tokens` (sampled, forwarded, what repeating
-        each prefix would have forwarded, optimised), `seconds`, `comparison` (None without one) and `sampler_gap`.
+        five), `groups_of_equal_reward` (mean of their share), `evaluation` (before and after, None when not
+        measured), `tokens` (sampled, forwarded, what repeating each prefix would have forwarded, optimised), `seconds`,
+        `comparison` (None without one) and `sampler_gap`.
     """
     warmup, steps, evaluated = ([row for row in rows if row["phase"] == phase] for phase in ("sft", "grpo", "eval"))
     rewards = _values(steps, "reward")
@@ -79,6 +80,7 @@ def summarise(rows: Rows) -> dict[str, Any]:
         else None,
         "steps": len(steps),
         "reward": {"first": _mean(rewards[:tenth]), "last": _mean(rewards[-tenth:]), "averaged_steps": tenth},
+        "groups_of_equal_reward": _mean(_values(steps, "frac_reward_zero_std")),
         "evaluation": {
             "first": {key: evaluated[0][key] for key in ("eval/reward", "eval/reward_best")},
             "last": {key: evaluated[-1][key] for key in ("eval/reward", "eval/reward_best")},
