@@ -292,7 +292,10 @@ def _prefix_text(config: Config, prompts: "Sequence[Prompt]") -> str | None:
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidDataError(f"{config.prefix} cannot be read: {error}") from error
     if any(not isinstance(prompt, str) for prompt in prompts):
-        raise InvalidDataError("--prefix is a text in front of texts; give prompts as text with it.")
+        raise InvalidDataError(
+            "--prefix is a text, so the prompts behind it have to be texts too ('prompt'). Messages and token ids that "
+            "begin alike share their beginning without it."
+        )
     return text
 
 

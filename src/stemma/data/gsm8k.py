@@ -78,7 +78,10 @@ def read_problems(path: str | PathLike[str]) -> list[Problem]:
         question, answer = (text_field(path, number, record, name) for name in ("question", "answer"))
         problem = Problem(question, answer, where)
         if final_answer(problem.answer) is None:
-            raise InvalidDataError(f"{where}: the answer has no final line such as '#### 72'")
+            raise InvalidDataError(
+                f"{where}: the answer has no final line such as '#### 72', as GSM8K's solutions have; where answers "
+                "are numbers alone, name the field of the question 'prompt' and say in it how to write the answer"
+            )
         problems.append(problem)
     return problems
 

@@ -135,7 +135,10 @@ class Tracker:
             finite = {key: value for key, value in named.items() if math.isfinite(value)}
             self._accelerator.log(finite, step=global_step)
         shown = {name: metrics[name] for name in _SHOWN if name in metrics}
-        text = " ".join(f"{name.rpartition('/')[2]}={_short(value)}" for name, value in shown.items())
+        text = " ".join(
+            f"{name.rpartition('/')[2]}={_short(value)}{'s' if name.startswith('time/') else ''}"
+            for name, value in shown.items()
+        )
         if self._bar is not None:
             self._bar.set_description_str(phase, refresh=False)
             self._bar.set_postfix_str(text, refresh=False)
