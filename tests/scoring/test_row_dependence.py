@@ -1,5 +1,6 @@
 """What depends on the row a token stands in is refused, or computed as in each row alone."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -105,6 +106,51 @@ def test_other_random_numbers_are_refused_in_training_mode(how):
     with pytest.raises(stemma.UnsupportedModelError, match=message):
         stemma.score(model, tree, mode="shared")
     stemma.score(model, tree, mode="plain")
+
+
+OWN = {
+    "a generator of its own": torch.Generator().manual_seed(0),
+    "NumPy": np.random.default_rng(0),
+}
+
+
+@pytest.mark.parametrize("source", OWN)
+def test_random_numbers_of_another_generator_are_refused_in_training_mode(source):
+    model, generator = decoder(dtype=torch.float32).train(), OWN[source]
+
+    def noisy(module, arguments, output):
+        if source == "NumPy":
+            return output + torch.from_numpy(generator.standard_normal(output.shape)).to(output) * 0.1
+        return output + torch.randn(output.shape, generator=generator) * 0.1
+
+    model.model.layers[0].mlp.register_forward_hook(noisy)
+    stemma.enable(model, self_test=False)
+    with pytest.raises(stemma.UnsupportedModelError, match="draws random numbers"):
+        stemma.score(model, random_tree(), mode="shared")
+
+
+@pytest.mark.parametrize("how", ["its rate", "another hook", "its forward", "another module"])
+def test_what_draws_random_numbers_since_the_last_score_is_refused(how):
+    model, tree = build("opt"), random_tree(vocabulary=40)
+    for module in model.modules():
+        if isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
+    stemma.enable(model.train(), self_test=False)
+    layer = model.model.decoder.layers[0]
+    quiet = layer.fc1.register_forward_hook(lambda module, arguments, output: output)
+    stemma.score(model, tree, mode="shared")
+    if how == "its rate":
+        layer.dropout = 0.3
+    elif how == "another hook":
+        quiet.remove()
+        layer.fc1.register_forward_hook(lambda module, arguments, output: output * (1 + torch.rand_like(output)))
+    elif how == "its forward":
+        forward = layer.fc1.forward
+        layer.fc1.forward = lambda hidden: nn.functional.dropout(forward(hidden), 0.3)
+    else:
+        layer.activation_fn = Noise()
+    with pytest.raises(stemma.UnsupportedModelError, match="draws random numbers"):
+        stemma.score(model, tree, mode="shared")
 
 
 def test_the_question_leaves_the_callers_random_numbers_alone():
