@@ -82,6 +82,7 @@ def test_a_prefix_goes_before_all_prompts_and_seeds_repeat(folder, tmp_path):
         ({"prompt": " "}, "line 1: field 'prompt' is blank"),
         ({"prompt_ids": []}, "line 1: field 'prompt_ids' must be a list of integer"),
         ({"prompt_ids": ["a"]}, "line 1: field 'prompt_ids' must be a list of integer"),
+        ({"prompt_ids": [True]}, "line 1: field 'prompt_ids' must be a list of integer"),
         ({"messages": ["hi"]}, "line 1: field 'messages' must be a list of messages"),
     ],
 )

@@ -33,6 +33,23 @@ def test_missing_weights_are_refused_not_made_up(folder: Path) -> None:
         load_model(str(folder))
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b'{"eos_tok', "not a valid JSON"),
+        (b"\xff", "not a valid JSON"),
+        (b'{"eos_token_id": "x"}', "whole numbers"),
+        (b'{"eos_token_id": [[1]]}', "whole numbers"),
+        (b'{"eos_token_id": 1.5}', "whole numbers"),
+    ],
+)
+def test_a_broken_generation_config_is_refused(folder: Path, content: bytes, reason: str) -> None:
+    """transformers leaves it out without a word, and with it the tokens that end a turn."""
+    (folder / "generation_config.json").write_bytes(content)
+    with pytest.raises(UnsupportedModelError, match=reason):
+        load_model(str(folder))
+
+
 def test_the_digest_of_a_model_is_of_its_weights_config_and_tokenizer(folder: Path) -> None:
     byte_tokenizer().save_pretrained(folder)
     whole = model_digest(str(folder))

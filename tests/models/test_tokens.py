@@ -16,6 +16,12 @@ def test_ids_in_all_forms(ids):
     assert as_id_list(None) == []
 
 
+@pytest.mark.parametrize("ids", ["x", 1.5, [[1]], [2, "3"], {"a": 1}])
+def test_what_is_no_id_is_refused(ids):
+    with pytest.raises(ValueError, match="must be whole numbers"):
+        as_id_list(ids)
+
+
 @pytest.mark.parametrize(("own", "ends"), [(None, [256]), (7, [7, 256]), ([9, 256, 7], [7, 9, 256])])
 def test_both_the_tokenizer_and_the_generation_config_name_ends(own, ends):
     model, tokenizer = tiny_model("llama", vocab_size=258), byte_tokenizer()

@@ -251,7 +251,7 @@ class AnchorPool:
                     content = _layers(tensors, f"{place}.content.{index}")
                     anchor.deviations[known["agent"]] = Deviation(content, following)
                 pool._anchors.setdefault(entry["placeholder"], []).append(anchor)
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except (OSError, ValueError, RecursionError, KeyError, TypeError, SafetensorError) as error:
             raise InvalidDataError(
                 f"{path} holds no anchors that can be read ({type(error).__name__}: {error}); it should be a file that "
                 "AnchorPool.save wrote."

@@ -45,7 +45,7 @@ class Output:
             kept, self.done = kept + batches[self.done], self.done + 1
         try:
             self.lines = [json.loads(line) for line in lines[:kept]]
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise self._damaged(error) from error
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -114,7 +114,7 @@ class Output:
     def _check(self, head: bytes, settings: Mapping[str, Any]) -> None:
         try:
             kept = dict(json.loads(head))
-        except (ValueError, TypeError) as error:
+        except (ValueError, RecursionError, TypeError) as error:
             raise self._damaged(error) from error
         for name, value in settings.items():
             if kept.get(name) != value:

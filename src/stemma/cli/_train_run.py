@@ -220,7 +220,7 @@ class Training:
             return
         try:
             kept = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError, TypeError) as error:
             raise InvalidDataError(
                 f"cannot read {path}, the digests of what the run was begun with: {error}"
             ) from error

@@ -269,8 +269,8 @@ def read_prompts(path: Path) -> "dict[int, Prompt]":
             prompts[number] = text_field(path, number, record, "prompt")
             continue
         value = record[given[0]]
-        kind = Mapping if given == ["messages"] else int
-        if not isinstance(value, list) or not value or not all(isinstance(item, kind) for item in value):
+        kind = dict if given == ["messages"] else int
+        if not isinstance(value, list) or not value or not all(type(item) is kind for item in value):
             wanted = "messages (objects with role and content)" if given == ["messages"] else "integer token ids"
             raise InvalidDataError(f"{path}, line {number}: field '{given[0]}' must be a list of {wanted}")
         prompts[number] = value

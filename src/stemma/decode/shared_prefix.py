@@ -229,7 +229,7 @@ class SharedPrefix:
             differing = ", ".join(
                 f"{key} ({written.get(key)}, here {own[key]})" for key in own if written[key] != own[key]
             )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
             raise InvalidDataError(
                 f"{folder} holds no prefix that can be read ({error!r}); write it again with save_pretrained."
             ) from error

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from stemma.errors import UnsupportedModelError
 from stemma.files import digest
+from stemma.models.tokens import as_id_list
 from stemma.train.pretrained import whole_model
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ def load_model(
             return model.eval()
         _refuse_file(reference)
         model = whole_model(AutoModelForCausalLM, reference, dtype=getattr(torch, dtype))
+        as_id_list(model.generation_config.eos_token_id)  # raises where it holds none
         return model.to(device).eval()
     except SafetensorError as error:
         raise UnsupportedModelError(

@@ -1,5 +1,6 @@
 """The special tokens of a model and its tokenizer: which ids end a row, and what a text becomes that goes on."""
 
+from operator import index
 from typing import Any
 
 from stemma.errors import UnsupportedModelError
@@ -8,12 +9,19 @@ __all__ = ["as_id_list", "end_token_ids", "text_ids"]
 
 
 def as_id_list(ids: Any) -> list[int]:
-    """Ids as configs have them, one number, several or None, as a list; tensors too."""
+    """Ids as configs have them, one number, several or None, as a list; tensors too.
+
+    Raises:
+        ValueError: it holds something else than whole numbers.
+    """
     if ids is None:
         return []
     if hasattr(ids, "tolist"):
         ids = ids.tolist()
-    return [int(token) for token in ids] if isinstance(ids, (list, tuple, set, frozenset)) else [int(ids)]
+    try:
+        return [index(token) for token in (ids if isinstance(ids, (list, tuple, set, frozenset)) else [ids])]
+    except TypeError:
+        raise ValueError(f"token ids must be whole numbers, one or a list of them; got {ids!r}") from None
 
 
 def end_token_ids(model: Any, tokenizer: Any) -> list[int]:

@@ -145,7 +145,7 @@ class Store:
         path = self.folder / _MANIFEST
         try:
             held = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise InvalidDataError(
                 f"{self.folder} has no readable {_MANIFEST} ({error}); make the store again"
             ) from error

@@ -43,7 +43,7 @@ def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
         try:
             row = dict(json.loads(line))
-        except (ValueError, TypeError) as error:
+        except (ValueError, RecursionError, TypeError) as error:
             raise InvalidDataError(f"{path}, line {number}: no JSON object ({error}); remove the line") from error
         rows.append({key: math.nan if value is None else value for key, value in row.items()})
     return rows

@@ -100,7 +100,7 @@ class Profile:
             raise InvalidDataError(
                 f"{path} cannot be read ({error}); a profile is made with calibrate(model, samples, keep).save(path)."
             ) from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
             raise InvalidDataError(
                 f"{path} is no profile as Profile.save writes it ({error!r}); make it again with "
                 "calibrate(model, samples, keep).save(path)."

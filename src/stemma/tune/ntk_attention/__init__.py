@@ -343,7 +343,7 @@ def load_adapter(
     try:
         options = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "adapter_model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise InvalidDataError(f"{folder} holds no adapter that stemma saved: {error}") from error
     if not isinstance(options, dict):
         raise InvalidDataError(
