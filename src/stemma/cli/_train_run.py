@@ -290,7 +290,11 @@ class Training:
             print(f"reward {first:.3f} -> {last:.3f} (held-out prompts)")
         if report["groups_of_equal_reward"] == 1:
             print("the completions of every group had equal rewards, which give no gradient")
-        print(f"updates encoded {report['tokens']['saved_ratio']:.2f}x fewer tokens than without sharing")
+        saved = report["tokens"]["saved_ratio"]
+        if saved > 1:
+            print(f"updates encoded {saved:.2f}x fewer tokens than without sharing")
+        else:
+            print("updates shared nothing: the plain forward was taken")
         if comparison:
             print(f"first rows of a step took {comparison['time_ratio_median']:.2f}x less time than plain (median)")
         print(f"report: {self.folder / 'report.md'}   plot: {self.folder / 'plot.png'}   model: {final}")
