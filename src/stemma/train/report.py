@@ -160,7 +160,9 @@ def _markdown(report: Mapping[str, Any]) -> str:
         f"| through the model in updates | {tokens['forwarded']:,.0f} |",
         f"| the same updates, each row by itself | {tokens['without_sharing']:,.0f} |",
         "",
-        f"Sharing prefixes encoded {tokens['saved_ratio']:.2f}× fewer tokens in the updates.",
+        f"Sharing prefixes encoded {tokens['saved_ratio']:.2f}× fewer tokens in the updates."
+        if tokens["saved_ratio"] > 1
+        else "The updates shared nothing: the plain forward was taken.",
     ]
     if report["comparison"]:
         comparison = report["comparison"]
