@@ -1,5 +1,9 @@
 """What depends on the row a token stands in is refused, or computed as in each row alone."""
 
+import gc
+import weakref
+from types import MethodType
+
 import numpy as np
 import pytest
 import torch
@@ -151,6 +155,17 @@ def test_what_draws_random_numbers_since_the_last_score_is_refused(how):
         layer.activation_fn = Noise()
     with pytest.raises(stemma.UnsupportedModelError, match="draws random numbers"):
         stemma.score(model, tree, mode="shared")
+
+
+def test_the_question_does_not_keep_a_model():
+    """accelerate gives models a forward of their own, bound to them."""
+    model = decoder(dtype=torch.float32).train()
+    model.forward = MethodType(type(model).forward, model)
+    stemma.score(model, random_tree(), mode="shared")
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 def test_the_question_leaves_the_callers_random_numbers_alone():

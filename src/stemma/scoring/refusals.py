@@ -63,7 +63,9 @@ def _randomness_of(module: nn.Module) -> tuple[object, ...]:
     used twice), a forward of its own and its numbers, of which a rate of dropout is one."""
     own = vars(module)
     numbers = [value for value in own.values() if type(value) is float]
-    return id(module), module.training, *module._forward_hooks, *module._forward_pre_hooks, own.get("forward"), *numbers
+    hooks = (*module._forward_hooks, *module._forward_pre_hooks)
+    # Ids, as a reference to a bound forward would keep the model.
+    return id(module), module.training, hooks, id(own.get("forward")), numbers
 
 
 def _refuse_randomness(model: nn.Module, inner: PreTrainedModel, state: object) -> None:
