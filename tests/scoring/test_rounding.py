@@ -148,3 +148,13 @@ def test_a_pretrained_model_passes_in_every_precision(real_model, dtype):
     model.model.layers[3].mlp = Mixing(mlp, 0.01)
     with pytest.raises(stemma.UnsupportedModelError, match="rounding explains"):
         stemma.enable(model)
+
+
+@pytest.mark.parametrize("mode", ["shared", "plain"])
+def test_a_token_whose_embedding_is_nan_is_named(mode):
+    model = stemma.enable(tiny_model("llama", tie_word_embeddings=False, seed=0))
+    with torch.no_grad():
+        model.get_input_embeddings().weight[7] = float("nan")
+    tree = stemma.PrefixTree.from_groups([list(range(20, 60))], [[[1, 7, 2], [3, 4, 5]]])
+    with pytest.raises(stemma.StemmaError, match="not finite"):
+        stemma.score(model, tree, mode=mode)

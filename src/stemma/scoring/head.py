@@ -95,6 +95,10 @@ class Head:
             target_token: `(E,)` token ids.
             temperature: logits are divided by it.
             entropy: give entropies too.
+
+        Raises:
+            NonFiniteError: a log-probability is NaN.
+            UnsupportedModelError: the model uses its head, or changes its logits, in a way that is not known.
         """
         if self.hidden is None or self.raw is None or self.autocast is None:
             raise UnsupportedModelError(
@@ -110,7 +114,7 @@ class Head:
         device, dtype, enabled = self.autocast
         with torch.autocast(device, dtype=dtype, enabled=enabled):
             self._refuse_hooks_on_rows()
-            return chunked_logprobs(
+            logprobs, entropies = chunked_logprobs(
                 head,
                 self.hidden,
                 target_position.to(self.hidden.device),
@@ -119,16 +123,23 @@ class Head:
                 temperature=temperature,
                 entropy=entropy,
             )
+        if logprobs.isnan().any():  # of one row, say, through the embedding of one token
+            raise self._not_finite()
+        return logprobs, entropies
+
+    def _not_finite(self) -> NonFiniteError:
+        assert self.raw is not None
+        return NonFiniteError(
+            f"the logits of {self.label} are not finite (NaN or infinite): its weights have diverged, or "
+            f"{str(self.raw.dtype).removeprefix('torch.')} cannot hold its activations."
+        )
 
     def _tail(self, raw: Tensor, logits: Tensor) -> _Tail:
         known = _tails.get(self.model)
         if known is not None and _explains(known, raw, logits):
             return known
         if not raw.isfinite().all():
-            raise NonFiniteError(
-                f"the logits of {self.label} are not finite (NaN or infinite): its weights have diverged, or "
-                f"{str(raw.dtype).removeprefix('torch.')} cannot hold its activations."
-            )
+            raise self._not_finite()
         config = self.model.config.get_text_config()
         numbers = {float(v) for v in vars(config).values() if isinstance(v, int | float) and not isinstance(v, bool)}
         guesses = [_Tail()]
