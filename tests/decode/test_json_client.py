@@ -54,8 +54,8 @@ def post(url: str, **options: object) -> dict[str, object]:
 
 def test_an_answer_is_read() -> None:
     with listening(sending('HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\n{"b": 2}')) as (url, requests):
-        assert post(f"{url}/root") == {"b": 2}
-    assert requests[0].startswith(b"POST /root/p HTTP/1.1")
+        assert post(f"{url}/base") == {"b": 2}
+    assert requests[0].startswith(b"POST /base/p HTTP/1.1")
     assert b"Authorization: Bearer secret" in requests[0]
 
 
