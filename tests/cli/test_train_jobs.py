@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from stemma.cli._train_jobs import Job, checkpoint_job, diallock_job
+from stemma.cli._train_jobs import Job, _labelled, checkpoint_job, diallock_job
 from stemma.data import diallock
 from stemma.errors import InvalidDataError
 from stemma.models.tiny import byte_tokenizer, tiny_model
@@ -87,3 +87,10 @@ def test_the_embedded_task_demonstrates_shortest_solutions() -> None:
         assert diallock.reward(row["prompt_ids"], row["demonstration_ids"], slack=0) == 1.0
     assert found.prompts(0, 8) == rows
     assert all("demonstration_ids" not in row for row in diallock_job(**common).prompts(0, 8))
+
+
+def test_answers_to_learn_from_need_an_end_token():
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(InvalidDataError, match="no eos_token_id"):
+        _labelled(tokenizer, [[("1+1=", "2")]])

@@ -233,8 +233,19 @@ class _EncodedRows(Sequence[dict[str, Any]]):
         row = {"prompt_ids": ids, "prompt": record.prompt, "answer": record.answer}
         if self._demonstrations and record.demonstration is not None:
             text = text_ids(self._tokenizer, f" {record.demonstration}", special_tokens=False)
-            row["demonstration_ids"] = [*text, self._tokenizer.eos_token_id]
+            row["demonstration_ids"] = [*text, _end_token(self._tokenizer)]
         return row
+
+
+def _end_token(tokenizer: Any) -> int:
+    """The token that a labelled answer ends with."""
+    if tokenizer.eos_token_id is None:
+        raise InvalidDataError(
+            "the tokenizer has no eos_token_id, with which answers to learn from end; set its eos_token and save it "
+            "with the model again"
+        )
+    token: int = tokenizer.eos_token_id
+    return token
 
 
 def _labelled(tokenizer: Any, sequences: Sequence[Sequence[tuple[str, str]]]) -> dict[str, Tensor]:
@@ -248,8 +259,8 @@ def _labelled(tokenizer: Any, sequences: Sequence[Sequence[tuple[str, str]]]) ->
             answered = text_ids(tokenizer, f" {answer}", special_tokens=False)
             ids += asked + answered
             labels += [sft.IGNORED_LABEL] * len(asked) + answered
-        all_ids.append(torch.tensor([*ids, tokenizer.eos_token_id]))
-        all_labels.append(torch.tensor([*labels, tokenizer.eos_token_id]))
+        all_ids.append(torch.tensor([*ids, _end_token(tokenizer)]))
+        all_labels.append(torch.tensor([*labels, _end_token(tokenizer)]))
     return {
         "input_ids": pad_sequence(all_ids, batch_first=True),
         "attention_mask": pad_sequence([torch.ones_like(row) for row in all_ids], batch_first=True),
